@@ -1,0 +1,53 @@
+"""The anatomy: a complete, non-overlapping list of a model's named parts. Read `component.py`, then `read.py`."""
+
+from frostline.anatomy.access import fingerprint, put, take
+from frostline.anatomy.component import (
+    Anatomy,
+    Component,
+    TensorInfo,
+    anatomy_from_json,
+    anatomy_to_json,
+    check_partition,
+    parse_path,
+)
+from frostline.anatomy.read import anatomy_of_parts, list_tensors, read_anatomy
+from frostline.anatomy.slices import (
+    Slice,
+    intersect,
+    intersect_all,
+    merge,
+    part,
+    refine,
+    slice_from_json,
+    slice_to_json,
+    subtract,
+    subtract_all,
+    whole,
+)
+
+__all__ = [
+    "Anatomy",
+    "Component",
+    "Slice",
+    "TensorInfo",
+    "anatomy_from_json",
+    "anatomy_of_parts",
+    "anatomy_to_json",
+    "check_partition",
+    "fingerprint",
+    "intersect",
+    "intersect_all",
+    "list_tensors",
+    "merge",
+    "parse_path",
+    "part",
+    "put",
+    "read_anatomy",
+    "refine",
+    "slice_from_json",
+    "slice_to_json",
+    "subtract",
+    "subtract_all",
+    "take",
+    "whole",
+]

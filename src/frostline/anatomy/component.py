@@ -1,0 +1,189 @@
+"""Components: the named parts of a model, and the anatomy that lists them all.
+
+A component is backed by one or more slices of parameters and buffers. An anatomy's components partition every
+parameter and buffer name of the model: `Anatomy` refuses to exist otherwise. Plain data, no torch; how it is read
+from a model is `read.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from frostline.anatomy.slices import Slice, slice_from_json, slice_to_json, subtract_all, whole
+from frostline.errors import AnatomyError
+
+Segment = tuple[str, int | None]
+"""One step of a component's name: `layers[3]` is `("layers", 3)`, `attn` is `("attn", None)`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """One name under which the model has a parameter or buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As torch writes it, without `torch.`: `float32`, `bfloat16`."""
+    kind: Literal["parameter", "buffer"]
+    persistent: bool = True
+    """Whether a checkpoint holds it."""
+    alias_of: str | None = None
+    """For a tied parameter: the name that owns the storage."""
+
+    @property
+    def n_elements(self) -> int:
+        """Number of elements."""
+        return whole(self.name, self.shape).n_elements
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Component:
+    """A named part of a model."""
+
+    name: str
+    """Such as `embed`, `layers[3].attn.q`, `layers[3].ffn.experts[7].down`, `final_norm`, `head`."""
+    slices: tuple[Slice, ...]
+    """The elements that belong to it, in parameters and buffers."""
+
+    @property
+    def path(self) -> tuple[Segment, ...]:
+        """The name's steps, outermost first."""
+        return parse_path(self.name)
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is a normalisation: `attn_norm`, `ffn_norm`, `attn.q_norm`, `final_norm`, …"""
+        return self.path[-1][0].endswith("norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """The ordered, complete, non-overlapping components of one model."""
+
+    model_type: str
+    """The architecture's name in transformers, or the class name of another module."""
+    components: tuple[Component, ...]
+    tensors: tuple[TensorInfo, ...]
+    """Every name of a parameter or buffer, tied names included, in the model's order."""
+
+    def __post_init__(self) -> None:
+        check_partition(self.components, self.tensors)
+
+    @cached_property
+    def tensor(self) -> dict[str, TensorInfo]:
+        """Tensor name → what is known of it."""
+        return {t.name: t for t in self.tensors}
+
+    @cached_property
+    def component(self) -> dict[str, Component]:
+        """Component name → component."""
+        return {c.name: c for c in self.components}
+
+    @cached_property
+    def owner(self) -> dict[Slice, Component]:
+        """Slice → the component it belongs to."""
+        return {s: c for c in self.components for s in c.slices}
+
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Tied parameter name → the name that owns the storage."""
+        return {t.name: t.alias_of for t in self.tensors if t.alias_of is not None}
+
+    @cached_property
+    def tied_components(self) -> tuple[tuple[str, str], ...]:
+        """Pairs (tied component, component that owns the storage)."""
+        names = {s.tensor: c.name for c in self.components for s in c.slices}
+        return tuple((names[alias], names[source]) for alias, source in self.ties.items())
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameter elements, tied storage counted once."""
+        return sum(t.n_elements for t in self.tensors if t.kind == "parameter" and t.alias_of is None)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len({c.path[0] for c in self.components if c.path[0][0] == "layers"})
+
+    def learnable(self, piece: Slice) -> bool:
+        """Whether the slice lies in a parameter (buffers are always frozen)."""
+        return self.tensor[piece.tensor].kind == "parameter"
+
+    def storage_name(self, tensor: str) -> str:
+        """The name that owns the storage of `tensor`."""
+        return self.tensor[tensor].alias_of or tensor
+
+    def is_bias(self, piece: Slice) -> bool:
+        """Whether the slice lies in a bias parameter."""
+        return self.learnable(piece) and re.search(r"bias$", piece.tensor) is not None
+
+    def n_own_elements(self, component: Component) -> int:
+        """Parameter elements of a component; tied storage counts where it is owned."""
+        own = (s for s in component.slices if self.learnable(s) and s.tensor not in self.ties)
+        return sum(s.n_elements for s in own)
+
+
+def parse_path(name: str) -> tuple[Segment, ...]:
+    """`layers[3].attn.q` → `(("layers", 3), ("attn", None), ("q", None))`."""
+    segments: list[Segment] = []
+    for step in name.split("."):
+        match = re.fullmatch(r"([A-Za-z_]\w*)(?:\[(\d+)\])?", step)
+        if match is None:
+            raise AnatomyError(f"'{name}' is no component name: write it as in layers[3].attn.q")
+        segments.append((match[1], int(match[2]) if match[2] is not None else None))
+    return tuple(segments)
+
+
+def check_partition(components: tuple[Component, ...], tensors: tuple[TensorInfo, ...]) -> None:
+    """Raise `AnatomyError` unless every element of every tensor belongs to exactly one component."""
+    shapes = {t.name: t.shape for t in tensors}
+    held: dict[str, list[Slice]] = {name: [] for name in shapes}
+    for c in components:
+        for s in c.slices:
+            if s.tensor not in shapes:
+                raise AnatomyError(f"component {c.name} names a tensor the model does not have: {s.tensor}")
+            held[s.tensor].append(s)
+    problems = []
+    for name, shape in shapes.items():
+        slices = held[name]
+        n_held, n_all = sum(s.n_elements for s in slices), whole(name, shape).n_elements
+        if n_held < n_all:
+            problems.append(f"{name} {shape}: {n_all - n_held} of {n_all} elements belong to no component")
+        elif n_held > n_all or subtract_all((whole(name, shape),), slices):
+            problems.append(f"{name} {shape}: some elements belong to two components")
+    if problems:
+        raise AnatomyError("the components do not partition the model:\n  " + "\n  ".join(problems))
+
+
+def anatomy_to_json(anatomy: Anatomy) -> dict[str, Any]:
+    """The anatomy as plain data."""
+    return {
+        "model_type": anatomy.model_type,
+        "n_parameters": anatomy.n_parameters,
+        "n_layers": anatomy.n_layers,
+        "components": [
+            {
+                "name": c.name,
+                "n_elements": anatomy.n_own_elements(c),
+                "slices": [slice_to_json(s) for s in c.slices],
+            }
+            for c in anatomy.components
+        ],
+        "tensors": [asdict(t) for t in anatomy.tensors],
+        "ties": [{"component": a, "tied_to": b} for a, b in anatomy.tied_components],
+    }
+
+
+def anatomy_from_json(data: Mapping[str, Any]) -> Anatomy:
+    """The inverse of `anatomy_to_json`. Raises `AnatomyError` when the components do not partition the tensors."""
+    return Anatomy(
+        model_type=data["model_type"],
+        components=tuple(
+            Component(name=c["name"], slices=tuple(map(slice_from_json, c["slices"]))) for c in data["components"]
+        ),
+        tensors=tuple(TensorInfo(**{**t, "shape": tuple(t["shape"])}) for t in data["tensors"]),
+    )

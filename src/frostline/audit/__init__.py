@@ -1,0 +1,20 @@
+"""The audit: what a run's own files say happened, against what was asked. Read `audit.py`, then `states.py`."""
+
+from frostline.audit.audit import FAILED, Audit, Evidence, Row, audit, audit_to_json
+from frostline.audit.diff import Diff, DiffRow, diff_checkpoints, diff_to_json
+from frostline.audit.movement import Movement, measure
+
+__all__ = [
+    "FAILED",
+    "Audit",
+    "Diff",
+    "DiffRow",
+    "Evidence",
+    "Movement",
+    "Row",
+    "audit",
+    "audit_to_json",
+    "diff_checkpoints",
+    "diff_to_json",
+    "measure",
+]

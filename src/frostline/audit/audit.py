@@ -1,0 +1,319 @@
+"""The audit: reads a run folder, imports no engine, and says whether what was asked is what happened.
+
+Per stage and piece: a frozen piece must have the same bytes before and after; a learning piece must have moved, or
+there must be an honest reason why not. Then the checks on the whole run. Read `audit` first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from frostline.anatomy import Anatomy, Slice, intersect, refine
+from frostline.audit.movement import Movement, measure, total
+from frostline.audit.states import States
+from frostline.run_folder import Boundary, RunFolder, StageRecord
+
+NO_SIGNAL = 1e-6
+"""A piece whose gradient's root mean square stays below this share of the stage's largest carries no signal: that
+is rounding (fp32 has 6e-8) of a gradient that is zero by structure, as for the key bias of softmax attention."""
+
+Declared = Literal["learns", "frozen", "learns in part"]
+Basis = Literal["recomputed", "recorded"]
+
+Verdict = Literal[
+    "unchanged",
+    "moved",
+    "FROZEN BUT MOVED",
+    "LEARNING BUT UNMOVED",
+    "no signal",
+    "no gradient",
+    "derived",
+    "not reached",
+]
+"""`unchanged`, `moved`: as declared. `no signal`: its gradient is zero but for rounding. `no gradient`: the loss
+does not depend on it. `derived`: a buffer that the forward pass itself rewrites. `not reached`: the run stopped
+before."""
+
+FAILED: frozenset[str] = frozenset({"FROZEN BUT MOVED", "LEARNING BUT UNMOVED"})
+_WORST_FIRST: tuple[Verdict, ...] = (
+    "FROZEN BUT MOVED",
+    "LEARNING BUT UNMOVED",
+    "moved",
+    "no signal",
+    "no gradient",
+    "unchanged",
+    "derived",
+    "not reached",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One component in one stage."""
+
+    component: str
+    stage: str
+    declared: Declared
+    bytes_changed: int | None
+    """Bytes that differ; None when they moved and no file of the run holds both values."""
+    relative_change: float | None
+    """‖Δ‖/‖w‖ over the component's parameters; None as above."""
+    gradient_norm: float | None
+    """Largest recorded L2 norm of the gradient over what learns; None when none arrived or nothing learns."""
+    verdict: Verdict
+    basis: Basis
+    """`recomputed` from weight files, or `recorded`: a hash that the run wrote."""
+    details: tuple[str, ...] = ()
+    """Pieces whose verdict differs from the component's, with that verdict."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """One checked claim about the whole run."""
+
+    claim: str
+    expected: str
+    measured: str
+    passed: bool
+    basis: Basis
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Audit:
+    """Every row and every check of one run."""
+
+    run: str
+    stages: tuple[str, ...]
+    rows: tuple[Row, ...]
+    evidence: tuple[Evidence, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether what was asked is what happened."""
+        return all(e.passed for e in self.evidence)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The rows that are not as declared."""
+        return tuple(r for r in self.rows if r.verdict in FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """One piece in one stage."""
+
+    name: str
+    piece: Slice
+    learns: bool
+    parameter: bool
+    verdict: Verdict
+    movement: Movement | None
+    gradient_norm: float | None
+
+
+def audit(run: str | Path) -> Audit:
+    """Audit a run folder from its files alone. Raises `RunFolderError` when it is no run folder or unreadable."""
+    folder = RunFolder.open(run)
+    anatomy, stages = folder.read_anatomy(), folder.read_schedule()
+    boundaries = folder.read_boundaries()
+    pieces = _pieces(anatomy, stages)
+    states = States(folder, anatomy, pieces, n_stages=len(stages))
+    gradients = _gradient_norms(folder, len(stages))
+    rows: list[Row] = []
+    for stage in stages:
+        findings = _findings(anatomy, stage, pieces, boundaries, states, gradients[stage.index])
+        rows += _rows(anatomy, stage, findings)
+    evidence = _evidence(folder, stages, boundaries, pieces, states, rows)
+    return Audit(
+        run=str(folder.path),
+        stages=tuple(s.name for s in stages),
+        rows=tuple(rows),
+        evidence=tuple(evidence),
+    )
+
+
+def _pieces(anatomy: Anatomy, stages: list[StageRecord]) -> dict[str, Slice]:
+    """Every piece by its text: the components' slices, cut where a stage's learning slices cut them."""
+    pieces = [s for c in anatomy.components for s in c.slices if s.tensor not in anatomy.ties]
+    for stage in stages:
+        pieces = [*refine(pieces, stage.learning)]
+    return {str(p): p for p in pieces}
+
+
+def _gradient_norms(folder: RunFolder, n_stages: int) -> list[dict[str, float | None]]:
+    """Per stage: piece → its largest sampled gradient norm; None where no gradient arrived at any sample."""
+    largest: list[dict[str, float | None]] = [{} for _ in range(n_stages)]
+    for sample in folder.read_gradients():
+        seen = largest[sample.stage]
+        for name, norm in sample.norms.items():
+            old = seen.get(name)
+            seen[name] = norm if old is None else old if norm is None else max(old, norm)
+    return largest
+
+
+def _findings(
+    anatomy: Anatomy,
+    stage: StageRecord,
+    pieces: dict[str, Slice],
+    boundaries: list[Boundary],
+    states: States,
+    gradients: dict[str, float | None],
+) -> list[_Finding]:
+    learning = {str(s) for s in stage.learning}
+    reached = stage.index + 1 < len(boundaries)
+    floor = NO_SIGNAL * max((_rms(n, pieces[name]) for name, n in gradients.items() if n), default=0.0)
+    findings = []
+    for name, piece in pieces.items():
+        learns, parameter = name in learning, anatomy.learnable(piece)
+        norm = gradients.get(name)
+        if not reached:
+            findings.append(_Finding(name, piece, learns, parameter, "not reached", None, norm))
+            continue
+        before, after = (boundaries[stage.index + k].hashes.get(name, "missing") for k in (0, 1))
+        movement = _movement(name, before, after, states)
+        if piece.tensor in boundaries[0].derived:
+            verdict: Verdict = "derived"
+        elif not learns:
+            verdict = "unchanged" if before == after != "missing" else "FROZEN BUT MOVED"
+        elif norm is not None and _rms(norm, piece) <= floor:
+            verdict = "no signal"
+        elif before != after:
+            verdict = "moved"
+        else:
+            verdict = "no gradient" if norm is None and name in gradients else "LEARNING BUT UNMOVED"
+        findings.append(_Finding(name, piece, learns, parameter, verdict, movement, norm))
+    return findings
+
+
+def _rms(norm: float, piece: Slice) -> float:
+    return norm / math.sqrt(max(piece.n_elements, 1))
+
+
+def _movement(name: str, before: str, after: str, states: States) -> Movement | None:
+    """Recomputed from files where both values are in them; None where not."""
+    old, new = states.value(name, before), states.value(name, after)
+    if before == after:
+        n = states.pieces[name].n_elements
+        norm = float(old.double().square().sum()) if old is not None else 0.0
+        return Movement(n_elements=n, bytes_changed=0, squared_change=0.0, squared_norm=norm)
+    return measure(old, new) if old is not None and new is not None else None
+
+
+def _rows(anatomy: Anatomy, stage: StageRecord, findings: list[_Finding]) -> list[Row]:
+    parts: dict[str, list[tuple[Slice, str]]] = {}
+    for component in anatomy.components:
+        for s in component.slices:
+            parts.setdefault(s.tensor, []).append((s, component.name))
+    by_component: dict[str, list[_Finding]] = {}
+    for f in findings:
+        owner = next(name for s, name in parts[f.piece.tensor] if intersect(f.piece, s) is not None)
+        by_component.setdefault(owner, []).append(f)
+    return [_row(c.name, stage, by_component[c.name]) for c in anatomy.components if c.name in by_component]
+
+
+def _row(component: str, stage: StageRecord, findings: list[_Finding]) -> Row:
+    parameters = [f for f in findings if f.parameter]
+    n_learning = sum(f.learns for f in parameters)
+    declared: Declared = "frozen" if not n_learning else "learns" if n_learning == len(parameters) else "learns in part"
+    verdict = min((f.verdict for f in findings), key=_WORST_FIRST.index)
+    known = all(f.movement is not None for f in findings)
+    movement = total(f.movement for f in findings if f.movement is not None)
+    norms = [f.gradient_norm for f in findings if f.gradient_norm is not None]
+    return Row(
+        component=component,
+        stage=stage.name,
+        declared=declared,
+        bytes_changed=movement.bytes_changed if known else None,
+        relative_change=movement.relative_change if known else None,
+        gradient_norm=math.sqrt(sum(n * n for n in norms)) if norms else None,
+        verdict=verdict,
+        basis="recomputed" if known and movement.bytes_changed else "recorded",
+        details=tuple(
+            f"{f.name}: {f.verdict}"
+            for f in findings
+            if f.verdict != verdict and not (f.verdict == "unchanged" and not f.learns)
+        ),
+    )
+
+
+def _evidence(
+    folder: RunFolder,
+    stages: list[StageRecord],
+    boundaries: list[Boundary],
+    pieces: dict[str, Slice],
+    states: States,
+    rows: list[Row],
+) -> list[Evidence]:
+    def rows_check(claim: str, bad: str) -> Evidence:
+        found = [r for r in rows if r.verdict == bad]
+        names = ", ".join(f"{r.component} (stage {r.stage})" for r in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        return Evidence(
+            claim=claim,
+            expected="none",
+            measured=f"{names}{more}" or "none",
+            passed=not found,
+            basis="recorded",
+        )
+
+    last, step = boundaries[-1] if boundaries else None, folder.read_status()["step"]
+    entries = _mismatches(boundaries, states, stages)
+    checks = [
+        rows_check("frozen parts that moved", "FROZEN BUT MOVED"),
+        rows_check("learning parts that did not move, without a reason", "LEARNING BUT UNMOVED"),
+        Evidence(
+            claim="every stage ran to its end",
+            expected=f"{stages[-1].end} steps",
+            measured=f"{step} steps",
+            passed=step == stages[-1].end and len(boundaries) == len(stages) + 1,
+            basis="recorded",
+        ),
+        Evidence(
+            claim="kept entry values that contradict the recorded hashes",
+            expected="none",
+            measured=", ".join(entries[:8]) or "none",
+            passed=not entries,
+            basis="recomputed",
+        ),
+    ]
+    wanted = {n: p for n, p in pieces.items() if p.tensor in states.stored}
+    ends = last.hashes if last else {}
+    wrong = [n for n in wanted if states.model_hashes.get(n) != ends.get(n)]
+    checks.append(
+        Evidence(
+            claim="pieces of the saved model that contradict the hash recorded at the end",
+            expected=f"none of {len(wanted)}",
+            measured=", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "") or "none",
+            passed=not wrong,
+            basis="recomputed",
+        )
+    )
+    return checks
+
+
+def _mismatches(boundaries: list[Boundary], states: States, stages: list[StageRecord]) -> list[str]:
+    """Pieces whose kept entry value is missing or does not hash to what the boundary before the stage recorded."""
+    out = []
+    for stage in stages[: max(len(boundaries) - 1, 0)]:
+        hashes = states.entry_hashes[stage.index]
+        recorded = boundaries[stage.index].hashes
+        out += [f"{s} (stage {stage.name})" for s in map(str, stage.learning) if hashes.get(s) != recorded.get(s)]
+    return out
+
+
+def audit_to_json(result: Audit) -> dict[str, Any]:
+    """The audit as plain data; an infinite relative change is written as null."""
+    rows = [asdict(r) for r in result.rows]
+    for row in rows:
+        if row["relative_change"] is not None and not math.isfinite(row["relative_change"]):
+            row["relative_change"] = None
+    return {
+        "run": result.run,
+        "passed": result.passed,
+        "stages": list(result.stages),
+        "rows": rows,
+        "evidence": [asdict(e) for e in result.evidence],
+    }

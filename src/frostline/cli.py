@@ -1,0 +1,216 @@
+"""The command line: short commands, each one public call. Exit codes stand in `errors.py`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from frostline.errors import FrostlineError
+
+if TYPE_CHECKING:
+    from frostline.anatomy import Anatomy
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    help="Train decoder-only language models while deciding exactly what learns and when, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A model folder, hub name, config.json or run folder.", metavar="MODEL")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Off unless typed.")
+]
+INTERRUPTED_TWICE = 130
+INTERRUPTED = 75
+
+
+def main() -> None:
+    """The `frostline` command."""
+    app()
+
+
+def errors_for_people(command: Callable[P, R]) -> Callable[P, R]:
+    """Print a `FrostlineError` without a traceback and exit with its code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except FrostlineError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED_TWICE) from None
+
+    return wrapped
+
+
+@app.command()
+@errors_for_people
+def parts(model: Model, as_json: AsJson = False, trust_remote_code: RemoteCode = False) -> None:
+    """List the named parts of a model."""
+    from frostline.anatomy import anatomy_to_json
+    from frostline.terminal import parts_table
+
+    anatomy = _anatomy(model, trust_remote_code)
+    if as_json:
+        _print_json(anatomy_to_json(anatomy))
+    else:
+        _console().print(parts_table(anatomy))
+
+
+@app.command()
+@errors_for_people
+def select(
+    model: Model,
+    expression: Annotated[str, typer.Argument(help="Such as 'ffn & layers[2:]'.")],
+    together: Annotated[bool, typer.Option("--together", help="Let tied parts follow each other.")] = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Show what an expression selects, term by term."""
+    from frostline.selection import select as select_in
+    from frostline.selection import selection_to_json
+    from frostline.terminal import selection_table
+
+    anatomy = _anatomy(model, trust_remote_code)
+    found = select_in(anatomy, expression, ties="together" if together else "error")
+    if as_json:
+        _print_json(selection_to_json(found))
+    else:
+        _console().print(selection_table(found))
+
+
+@app.command()
+@errors_for_people
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.", metavar="RECIPE")],
+    out: Annotated[Path, typer.Option("--out", help="The run folder to write; must not exist or be empty.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a key: stages[0].lr=1e-4.", metavar="KEY=VALUE"),
+    ] = None,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Train as a recipe says, and audit the run."""
+    from frostline.audit import audit_to_json
+    from frostline.recipe import load_recipe
+    from frostline.run import train as train_run
+    from frostline.terminal import ProgressLines, print_audit
+
+    console = _console(stderr=as_json)
+    loaded = load_recipe(recipe, overrides=overrides or [])
+    with ProgressLines(console) as progress:
+        result = train_run(loaded, out=out, observers=[progress], trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(
+            {
+                "folder": str(result.folder),
+                "state": result.state,
+                "steps": result.steps,
+                "audit": audit_to_json(result.audit),
+            }
+        )
+    else:
+        print_audit(console, result.audit)
+        console.print(f"run folder: {result.folder}", soft_wrap=True, highlight=False)
+    if result.state == "interrupted":
+        typer.echo(f"interrupted after step {result.steps}; the run folder is intact", err=True)
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(0 if result.audit.passed else 1)
+
+
+@app.command()
+@errors_for_people
+def audit(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")], as_json: AsJson = False
+) -> None:
+    """Read a run folder and say whether what was asked is what happened."""
+    from frostline.audit import audit as audit_run
+    from frostline.audit import audit_to_json
+    from frostline.terminal import print_audit
+
+    result = audit_run(run_folder)
+    if as_json:
+        _print_json(audit_to_json(result))
+    else:
+        print_audit(_console(), result)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+@app.command()
+@errors_for_people
+def diff(
+    before: Annotated[Path, typer.Argument(help="A model folder, run folder or .safetensors file.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two checkpoints by component."""
+    from frostline.audit import diff_checkpoints, diff_to_json
+    from frostline.terminal import diff_table
+
+    result = diff_checkpoints(before, after)
+    if as_json:
+        _print_json(diff_to_json(result))
+    else:
+        _console().print(diff_table(result))
+
+
+@app.command()
+@errors_for_people
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(help="New tokens at most.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.", min=0)] = 0,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Continue a text with a model."""
+    from frostline.generate import generate_text
+
+    text = generate_text(
+        model,
+        prompt,
+        n_tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        _print_json({"model": model, "prompt": prompt, "text": text})
+    else:
+        typer.echo(text)
+
+
+def _anatomy(model: str, trust_remote_code: bool) -> Anatomy:
+    from frostline.anatomy import read_anatomy
+    from frostline.model import load_skeleton
+    from frostline.run_folder import checkpoint_of
+
+    return read_anatomy(load_skeleton(checkpoint_of(model), trust_remote_code=trust_remote_code))
+
+
+def _console(*, stderr: bool = False) -> Console:
+    # a pipe has no width: then nothing is cut off
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=160)
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,108 @@
+"""Documents → one stream of tokens → rows of fixed length; and a tokenizer trained on documents.
+
+Rows are cut from the stream without gaps. A row has `length` inputs and `length` targets, the targets one token
+ahead, so that every token but the first of the stream is a target exactly once. Read `Rows` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from frostline.data.text import Document
+from frostline.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Rows that are computed together."""
+
+    input_ids: torch.Tensor
+    """(rows, length), int64."""
+    labels: torch.Tensor
+    """(rows, length), int64: the next token; -100 counts for nothing."""
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that count in the loss."""
+        return int((self.labels != -100).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same rows on another device."""
+        return Batch(input_ids=self.input_ids.to(device), labels=self.labels.to(device))
+
+    def split(self, n: int) -> list[Batch]:
+        """`n` micro-batches of equal size (`n` divides the rows)."""
+        ids, labels = self.input_ids.chunk(n), self.labels.chunk(n)
+        return [Batch(input_ids=i, labels=t) for i, t in zip(ids, labels, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A stream of tokens cut into rows."""
+
+    tokens: torch.Tensor
+    """(tokens,), int32."""
+    length: int
+    """Tokens per row."""
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - 1) // self.length)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The rows at `indices`, in that order."""
+        starts = torch.tensor(list(indices), dtype=torch.long) * self.length
+        window = self.tokens[starts[:, None] + torch.arange(self.length + 1)].long()
+        return Batch(input_ids=window[:, :-1].contiguous(), labels=window[:, 1:].contiguous())
+
+    def split_end(self, share: float) -> tuple[Rows, Rows]:
+        """Rows without their end, and the end: `share` of the rows, at least one."""
+        n_end = max(1, round(len(self) * share))
+        cut = (len(self) - n_end) * self.length
+        return Rows(self.tokens[: cut + 1], self.length), Rows(self.tokens[cut:], self.length)
+
+
+def encode(documents: Iterable[Document], tokenizer: Any, *, n_vocabulary: int) -> torch.Tensor:
+    """One stream of tokens, int32: each document between the tokenizer's begin and end tokens, where it has them.
+
+    Raises `DataError` when a token lies outside the model's vocabulary of `n_vocabulary`.
+    """
+    texts = [d.text for d in documents]
+    if not texts:
+        return torch.empty(0, dtype=torch.int32)
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    tokens = torch.cat([torch.tensor([*begin, *ids, *end], dtype=torch.int32) for ids in encoded])
+    if len(tokens) and int(tokens.max()) >= n_vocabulary:
+        raise DataError(
+            f"the tokenizer gives token {int(tokens.max())}, but the model's vocabulary has {n_vocabulary} entries: "
+            "they do not belong together"
+        )
+    return tokens
+
+
+def train_byte_bpe(documents: Iterable[Document], *, n_vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `n_vocabulary` entries, trained on the documents."""
+    if n_vocabulary < 257:
+        raise DataError(f"a byte-level tokenizer needs a vocabulary of at least 257, not {n_vocabulary}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((d.text for d in documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )

@@ -1,0 +1,17 @@
+"""The loss of a language model: cross-entropy on the next token."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from frostline.data import Batch
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Sum over `batch.n_targets` tokens of −log p(label), in fp32, natural logarithm; shape ()."""
+    logits_BTV = model(input_ids=batch.input_ids, use_cache=False).logits
+    return functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), batch.labels.flatten(), reduction="sum", ignore_index=-100
+    )

@@ -1,0 +1,138 @@
+"""Writing the evidence of a run into its folder: hashes at boundaries, entry values, gradients, metrics, timing.
+
+`pieces` is what the evidence is kept for: the slices of every component, cut wherever a stage's selection cuts them,
+so that in every stage a piece learns as a whole or not at all. Read `Recorder` first.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from frostline.anatomy import Anatomy, Slice, fingerprint, refine, take
+from frostline.engine.events import Evaluated, Event, StageEnded, StageStarted, StepDone
+from frostline.engine.owned import Ownership
+from frostline.run_folder import Boundary, RunFolder, StageRecord, storage_errors
+from frostline.schedule import Schedule, Stage
+from frostline.selection import Selection
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of the model as it is now, by name (a forward pass may replace a buffer)."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def cut_pieces(anatomy: Anatomy, selections: list[Selection]) -> tuple[Slice, ...]:
+    """The slices of every component, cut so that each selection takes a piece whole or not at all."""
+    pieces = [s for c in anatomy.components for s in c.slices if s.tensor not in anatomy.ties]
+    for selection in selections:
+        pieces = [*refine(pieces, selection.slices)]
+    return tuple(pieces)
+
+
+class Recorder:
+    """Writes one run's evidence. It only reads the model."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        model: nn.Module,
+        anatomy: Anatomy,
+        schedule: Schedule,
+        *,
+        gradients_every: int,
+    ) -> None:
+        self.folder, self.model = folder, model
+        self.gradients_every = gradients_every
+        self.pieces = cut_pieces(anatomy, [s.selection for s in schedule.stages])
+        self.learning = [tuple(p for p in self.pieces if s.selection.within(p)) for s in schedule.stages]
+        folder.write_anatomy(anatomy)
+        folder.write_schedule([self._stage_record(s) for s in schedule.stages])
+
+    def _stage_record(self, stage: Stage) -> StageRecord:
+        return StageRecord(
+            index=stage.index,
+            name=stage.name,
+            learn=stage.selection.expression,
+            start=stage.start,
+            end=stage.end,
+            n_learning=stage.selection.n_elements,
+            learning=self.learning[stage.index],
+            settings=stage.spec.model_dump(mode="json"),
+        )
+
+    def boundary(self, index: int, *, step: int, derived: tuple[str, ...] = ()) -> None:
+        """Record the hash of every piece."""
+        tensors = named_tensors(self.model)
+        hashes = {str(p): fingerprint(take(tensors[p.tensor], p)) for p in self.pieces}
+        self.folder.write_boundary(Boundary(index=index, step=step, hashes=hashes, derived=derived))
+
+    def entry(self, stage: Stage) -> None:
+        """Keep the values of what `stage` starts to train."""
+        tensors = named_tensors(self.model)
+        values = {
+            str(p): take(tensors[p.tensor].detach(), p).cpu().clone(memory_format=torch.contiguous_format)
+            for p in self.learning[stage.index]
+        }
+        with storage_errors(self.folder.entry(stage.index)):
+            save_file(values, self.folder.entry(stage.index))
+
+    def gradients(self, stage: Stage, step: int, ownership: Ownership) -> None:
+        """Record the gradient norm of every learning piece, if `step` (steps done, this one included) is sampled."""
+        if step % self.gradients_every and step not in (stage.start + 1, stage.end):
+            return
+        norms = {}
+        for piece in self.learning[stage.index]:
+            gradient = ownership.gradient(piece)
+            norms[str(piece)] = None if gradient is None else torch.linalg.vector_norm(gradient).item()
+        self.folder.append(self.folder.gradients, {"step": step, "stage": stage.index, "norms": norms})
+
+    def event(self, event: Event) -> None:
+        """Write what an event adds to `metrics.jsonl` (what the seed determines) and `timing.jsonl` (clocks)."""
+        match event:
+            case StepDone():
+                row = {"step": event.step, "stage": event.stage.name, "loss": event.loss, "lr": event.lr}
+                self.folder.append(
+                    self.folder.metrics,
+                    {**row, "gradient_norm": event.gradient_norm, "n_targets": event.n_targets},
+                )
+                self.folder.append(
+                    self.folder.timing,
+                    {
+                        "step": event.step,
+                        "seconds": event.seconds,
+                        "tokens_per_s": event.n_targets / event.seconds if event.seconds else None,
+                    },
+                )
+            case Evaluated():
+                self.folder.append(
+                    self.folder.metrics,
+                    {"step": event.step, "stage": event.stage.name, "held_out_loss": event.held_out_loss},
+                )
+            case StageStarted() | StageEnded():
+                self.folder.append(
+                    self.folder.timing,
+                    {
+                        "event": "stage started" if isinstance(event, StageStarted) else "stage ended",
+                        "stage": event.stage.name,
+                        "peak_resident_bytes": peak_resident_bytes(),
+                    },
+                )
+            case _:
+                pass
+
+
+def peak_resident_bytes() -> int | None:
+    """The largest resident memory of this process so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

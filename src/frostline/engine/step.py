@@ -1,0 +1,60 @@
+"""One step: forward and backward over the micro-batches of one global batch. There is no second description of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from frostline.randomness import derive_seed
+
+
+class Countable(Protocol):
+    """A micro-batch: anything that knows how many targets count in its loss."""
+
+    @property
+    def n_targets(self) -> int:
+        """Targets that count."""
+        ...
+
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+"""(model, micro-batch) → the *sum* of the loss over the micro-batch's targets, shape ()."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What one step computed."""
+
+    loss: float
+    """Mean over all targets of the step."""
+    n_targets: int
+
+
+def step(
+    model: nn.Module,
+    micro_batches: Sequence[Countable],
+    loss: LossFunction,
+    *,
+    seed: int,
+    device: torch.device,
+    bf16: bool = False,
+) -> StepRecord:
+    """Add the gradient of the mean loss over all targets of the micro-batches to what learns.
+
+    Every target weighs the same, however targets are spread over micro-batches. Dropout is a function of `seed` and
+    the micro-batch's position. `bf16`: matrix products in bf16 (autocast), weights as they are.
+    """
+    n_targets = sum(m.n_targets for m in micro_batches)
+    total = 0.0
+    for i, micro_batch in enumerate(micro_batches):
+        torch.manual_seed(derive_seed(seed, "micro-batch", i))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            summed = loss(model, micro_batch)
+        if summed.requires_grad:
+            (summed / max(n_targets, 1)).backward()
+        total += summed.item()
+    return StepRecord(loss=total / max(n_targets, 1), n_targets=n_targets)

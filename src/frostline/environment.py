@@ -1,0 +1,60 @@
+"""What a run ran on: versions, threads, dtype flags, hashes of its data and base, the command."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("frostline", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def describe_environment(*, device: torch.device, data: Iterable[str | Path], base: str | None) -> dict[str, Any]:
+    """Everything beside the recipe that may change a run's numbers. `base` is the model's folder, if it is one."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cuda_matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "data": [{"path": str(f), "sha256": hash_file(f)} for f in _files(data)],
+        "base": [{"path": str(f), "sha256": hash_file(f)} for f in _base_files(base)],
+    }
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _files(paths: Iterable[str | Path]) -> list[Path]:
+    found = []
+    for path in map(Path, paths):
+        found += [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    return found
+
+
+def _base_files(base: str | None) -> list[Path]:
+    folder = Path(base) if base else None
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])

@@ -1,0 +1,64 @@
+"""Every error a user can meet, each with the exit code of the command line.
+
+Exit codes: 0 done · 1 audit or claim failed · 2 user's mistake, nothing started · 3 stopped by non-finite
+numbers · 4 storage · 75 interrupted and saved, run again · 130 interrupted twice.
+Read `FrostlineError` first; `did_you_mean` is the one place that offers near names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FrostlineError(Exception):
+    """Base of all errors meant for a person: the message says what was found, where, and what to do."""
+
+    exit_code = 2
+
+
+class RecipeError(FrostlineError):
+    """The recipe cannot be read, or says something that has no meaning."""
+
+
+class ModelError(FrostlineError):
+    """A model or its tokenizer cannot be found, loaded or built."""
+
+
+class AnatomyError(FrostlineError):
+    """A model has tensors that Frostline does not understand; it never guesses, so it refuses."""
+
+
+class DataError(FrostlineError):
+    """Training or held-out data cannot be read, or is too little."""
+
+
+class RunFolderError(FrostlineError):
+    """A folder is not a run folder, is incomplete, or would be overwritten."""
+
+
+class SelectionError(FrostlineError):
+    """A selection does not parse, matches nothing, or splits tied weights; `column` is 0-based."""
+
+    def __init__(self, message: str, *, expression: str, column: int) -> None:
+        self.problem, self.expression, self.column = message, expression, column
+        one_line = "".join(" " if c.isspace() else c for c in expression)
+        super().__init__(f"{message}\n  {one_line}\n  {' ' * column}^")
+
+
+class NonFiniteError(FrostlineError):
+    """The loss or a gradient stopped being finite; the weights are those before the update."""
+
+    exit_code = 3
+
+
+class StorageError(FrostlineError):
+    """Writing to the run folder failed (disk full, read-only, …)."""
+
+    exit_code = 4
+
+
+def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """`" Did you mean 'ffn'?"` for the known names nearest to `name`; empty when none is near."""
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

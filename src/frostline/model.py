@@ -1,0 +1,247 @@
+"""Getting models in and out: a folder, a hub name or a configuration → a model and its tokenizer; a folder out.
+
+Nothing is executed that comes with the data: pickled weights are refused, remote code needs `trust_remote_code`.
+Read `load_model` and `load_skeleton` first. `Weights` reads a saved folder by the model's own tensor names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from frostline.errors import ModelError, did_you_mean
+from frostline.recipe import ScratchModel
+
+Source = str | ScratchModel
+"""A folder or hub name, or the configuration of a model built from scratch."""
+
+
+def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a model; reads no weights. Raises `ModelError`."""
+    if isinstance(source, ScratchModel):
+        return _scratch_config(source)
+    _check_exists(source)
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load("configuration", source, error) from None
+
+
+def load_skeleton(source: Source, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model's structure on the meta device: names and shapes, no weights, no memory. Raises `ModelError`."""
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            return _module(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise _cannot_load("causal language model", source, error) from None
+
+
+def load_model(source: Source, *, seed: int = 0, trust_remote_code: bool = False) -> nn.Module:
+    """The model in fp32 on the CPU; a model from scratch gets initial weights from `seed`. Raises `ModelError`."""
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    try:
+        with quiet_transformers():
+            if isinstance(source, ScratchModel):
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            else:
+                _check_safetensors(source)
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    dtype=torch.float32,
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+                _check_complete(source, info)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _cannot_load("model", source, error) from None
+    return _module(model)
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub name. Raises `ModelError`."""
+    _check_exists(source)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"no tokenizer can be loaded from {source} ({_first_line(error)}).\n"
+            "  Name one in the recipe (`tokenizer: FOLDER`), or train one (`tokenizer: {train: byte-bpe}`)."
+        ) from None
+
+
+def untie(model: nn.Module) -> bool:
+    """Give a tied head weights of its own, equal to the embedding's; returns whether there was a tie to cut."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if head is None or head.weight is not embedding.weight:
+        return False
+    head.weight = nn.Parameter(embedding.weight.detach().clone())
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    model.all_tied_weights_keys = {}  # type: ignore[assignment]
+    return True
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write a folder that plain transformers loads, tokenizer included."""
+    with quiet_transformers():
+        model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of a saved folder (or one `.safetensors` file), one read at a time.
+
+    With `names`, tensors go by these names of the model's own parameters and buffers; where the saved format names
+    or packs them differently, transformers converts them (the whole model is then in memory).
+    """
+
+    def __init__(self, folder: str | Path, *, names: set[str] | None = None) -> None:
+        self.folder = Path(folder)
+        self._files = _tensor_files(self.folder)
+        self._converted: dict[str, torch.Tensor] | None = None
+        if names is not None and not names <= set(self._files):
+            self._converted = _converted_state(self.folder)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._converted is not None:
+            return self._converted[name]
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files if self._converted is None else self._converted)
+
+    def __len__(self) -> int:
+        return len(self._files if self._converted is None else self._converted)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside: what matters is said by Frostline."""
+    from transformers.utils import logging as transformers_logging
+
+    hub = logging.getLogger("huggingface_hub")
+    level, hub_level = transformers_logging.get_verbosity(), hub.level
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub.setLevel(logging.CRITICAL)  # its retries are over when the error we report is raised
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        hub.setLevel(hub_level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _module(model: Any) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _scratch_config(spec: ScratchModel) -> Any:
+    if spec.architecture not in CONFIG_MAPPING:
+        near = did_you_mean(spec.architecture, list(CONFIG_MAPPING))
+        raise ModelError(f"transformers {transformers.__version__} has no architecture '{spec.architecture}'.{near}")
+    config_class = CONFIG_MAPPING[spec.architecture]
+    known = [f.name for f in dataclasses.fields(config_class)] + list(getattr(config_class, "attribute_map", {}))
+    for field in spec.config_fields:
+        if field not in known:
+            near = did_you_mean(field, known)
+            raise ModelError(f"model: the configuration of '{spec.architecture}' has no field '{field}'.{near}")
+    try:
+        with quiet_transformers():
+            return config_class(**spec.config_fields)
+    except Exception as error:  # config classes raise whatever their checks raise
+        raise ModelError(f"model: '{spec.architecture}' refuses this configuration: {_first_line(error)}") from None
+
+
+def _check_exists(source: str) -> None:
+    path = Path(source)
+    if path.exists():
+        if path.is_dir() and not (path / "config.json").exists():
+            raise ModelError(f"{source} is no model folder: it has no config.json")
+        return
+    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise ModelError(f"no model at {source}: there is no such folder")
+
+
+def _check_safetensors(source: str) -> None:
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
+        if pickles:
+            raise ModelError(
+                f"{source} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read; "
+                "convert it to safetensors first"
+            )
+        raise ModelError(f"{source} holds no weights (*.safetensors)")
+
+
+def _check_complete(source: str, info: Mapping[str, Any]) -> None:
+    for kind in ("missing_keys", "mismatched_keys"):
+        found = sorted(map(str, info.get(kind) or ()))
+        if found:
+            what = "lacks" if kind == "missing_keys" else "has other shapes for"
+            raise ModelError(f"{source} {what} {len(found)} tensors of its architecture: {', '.join(found[:5])}")
+
+
+def _cannot_load(what: str, source: Source, error: Exception) -> ModelError:
+    if isinstance(error, ModelError):
+        return error
+    if "trust_remote_code" in str(error):
+        return ModelError(f"{source} comes with code of its own; only `--trust-remote-code` runs it")
+    name = source if isinstance(source, str) else source.architecture
+    hint = "" if isinstance(source, ScratchModel) or Path(source).exists() else " It is not a folder here either."
+    return ModelError(f"no {what} can be loaded from '{name}': {_first_line(error)}.{hint}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name → the file that holds it."""
+    if path.is_file():
+        files = [path]
+    else:
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            by_name = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: path / file for name, file in by_name.items()}
+        files = sorted(path.glob("*.safetensors"))
+    if not files or not path.exists():
+        raise ModelError(f"{path} holds no weights (*.safetensors)")
+    out: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                out.update(dict.fromkeys(opened.keys(), file))
+        except Exception as error:  # safetensors raises its own type for a broken header
+            raise ModelError(f"{file} is no readable safetensors file: {_first_line(error)}") from None
+    return out
+
+
+def _converted_state(folder: Path) -> dict[str, torch.Tensor]:
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    return dict(model.state_dict())

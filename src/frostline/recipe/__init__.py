@@ -1,0 +1,23 @@
+"""Recipes: the YAML file and the typed record it becomes. Read `recipe.py`, then `load.py`."""
+
+from frostline.recipe.data_spec import DataSpec
+from frostline.recipe.load import load_recipe, recipe_from_dict
+from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
+from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, stage_name
+from frostline.recipe.stage_spec import OptimizerSpec, StageSpec
+from frostline.recipe.yaml_text import dump_yaml
+
+__all__ = [
+    "DataSpec",
+    "EvalSpec",
+    "EvidenceSpec",
+    "OptimizerSpec",
+    "Recipe",
+    "ScratchModel",
+    "StageSpec",
+    "TrainedTokenizer",
+    "dump_yaml",
+    "load_recipe",
+    "recipe_from_dict",
+    "stage_name",
+]

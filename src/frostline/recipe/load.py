@@ -1,0 +1,182 @@
+"""A recipe file (plus `--set` overrides) → a `Recipe`, or one message that names the place and the remedy.
+
+Paths in the file are relative to the file, paths in `--set` to the working directory; the resolved recipe holds
+absolute ones. Read `load_recipe` first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from frostline.errors import RecipeError, did_you_mean
+from frostline.recipe.recipe import Recipe
+from frostline.recipe.yaml_text import KeyPath, YamlDocument, parse_yaml
+
+_FOLDERS_OR_HUB_NAMES: tuple[tuple[str, ...], ...] = (("model",), ("tokenizer",))
+_PATHS: tuple[tuple[str, ...], ...] = (("data", "train"), ("data", "held_out"))
+
+
+def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    `overrides` are `key=value` texts such as `stages[0].lr=1e-4`; the value is read as YAML.
+    Raises `RecipeError` naming file, line and key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder; a recipe is a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte offset {error.start})") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    document = parse_yaml(text, where=str(path))
+    if not isinstance(document.values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping with model, data and stages; this is not one")
+    values = document.values
+    overridden = [_apply_override(values, text) for text in overrides]
+    _make_paths_absolute(values, base=path.resolve().parent, overridden=overridden)
+    return _validate(values, document=document, where=str(path))
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data; paths are relative to the working directory. Raises `RecipeError`."""
+    copied = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    _make_paths_absolute(copied, base=Path.cwd(), overridden=[])
+    return _validate(copied, document=YamlDocument(values=copied, lines={}), where="recipe")
+
+
+def _validate(values: Mapping[str, Any], *, document: YamlDocument, where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(e, document=document, where=where) for e in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
+
+
+def _describe(error: Any, *, document: YamlDocument, where: str) -> str:
+    loc = _without_tags(error["loc"])
+    line = document.line_of(loc)
+    place = f"{where}:{line}" if line else where
+    key = format_key(loc)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{place}: unknown key '{key}'.{did_you_mean(str(loc[-1]), _keys_at(loc[:-1]))}"
+        case "missing":
+            return f"{place}: '{key}' is missing"
+        case "value_error":
+            message = str(error["ctx"]["error"])
+            return f"{place}: {key + ': ' if key else ''}{message}"
+        case _:
+            return f"{place}: '{key}': {_lower_first(error['msg'])}, found {_shown(error['input'])}"
+
+
+def _without_tags(loc: tuple[str | int, ...]) -> KeyPath:
+    """Drop what pydantic adds to say which member of a union it tried."""
+    noise = {"name", "record"} if loc and loc[0] in ("model", "tokenizer") else set()
+    tagged = [p for i, p in enumerate(loc) if not (i == 1 and p in noise)]
+    return tuple(p for p in tagged if isinstance(p, int) or re.fullmatch(r"\w+", p))
+
+
+def _keys_at(loc: KeyPath) -> list[str]:
+    record: Any = Recipe
+    for part in loc:
+        if isinstance(part, str) and part in record.model_fields:
+            record = _record_in(record.model_fields[part].annotation)
+        if record is None:
+            return []
+    return list(record.model_fields)
+
+
+def _record_in(annotation: Any) -> Any:
+    """The first record class inside an annotation such as `tuple[StageSpec, ...]` or `str | ScratchModel`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, tuple) or get_args(annotation):
+        return next((r for a in get_args(annotation) if (r := _record_in(a)) is not None), None)
+    return None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def format_key(path: KeyPath) -> str:
+    """`("stages", 0, "lr")` → `stages[0].lr`."""
+    out = ""
+    for part in path:
+        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
+    return out
+
+
+def parse_key(text: str) -> KeyPath:
+    """`stages[0].lr` → `("stages", 0, "lr")`. Raises `RecipeError`."""
+    if not re.fullmatch(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", text):
+        raise RecipeError(f"--set {text}: write a key as in stages[0].lr")
+    return tuple(int(p[1:-1]) if p[0] == "[" else p for p in re.findall(r"\w+|\[\d+\]", text) if p)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {override}: write key=value, as in stages[0].lr=1e-4")
+    path = parse_key(key.strip())
+    target: Any = values
+    for i, part in enumerate(path[:-1]):
+        if isinstance(part, str) and isinstance(target, dict):
+            target = target.setdefault(part, {} if isinstance(path[i + 1], str) else [])
+        else:
+            target = _item(target, part, override)
+    last = path[-1]
+    if isinstance(last, int):
+        _item(target, last, override)
+    elif not isinstance(target, dict):
+        raise RecipeError(f"--set {override}: {format_key(path[:-1])} has no keys of its own")
+    target[last] = parse_yaml(text, where=f"--set {override}").values
+    return path
+
+
+def _item(target: Any, part: str | int, override: str) -> Any:
+    if not isinstance(part, int) or not isinstance(target, list):
+        raise RecipeError(f"--set {override}: there is nothing at '{part}'")
+    if part >= len(target):
+        raise RecipeError(f"--set {override}: index {part} is out of range, the recipe has {len(target)} (0-based)")
+    return target[part]
+
+
+def _make_paths_absolute(values: dict[str, Any], *, base: Path, overridden: list[KeyPath]) -> None:
+    for path in _PATHS + _FOLDERS_OR_HUB_NAMES:
+        parent = values if len(path) == 1 else values.get(path[0])
+        if not isinstance(parent, dict) or path[-1] not in parent:
+            continue
+        start = Path.cwd() if any(o == path[: len(o)] for o in overridden) else base
+        names = path in _FOLDERS_OR_HUB_NAMES
+        value = parent[path[-1]]
+        if isinstance(value, str):
+            parent[path[-1]] = _absolute(value, start, may_be_name=names)
+        elif isinstance(value, list):
+            parent[path[-1]] = [_absolute(v, start, may_be_name=names) for v in value]
+
+
+def _absolute(value: Any, base: Path, *, may_be_name: bool) -> Any:
+    """`value` as an absolute path; a hub name such as `org/model` stays as it is unless such a folder exists."""
+    if not isinstance(value, str) or not value:
+        return value
+    candidate = base / Path(value).expanduser()
+    if may_be_name and not candidate.exists() and not value.startswith((".", "/", "~")):
+        return value
+    return str(candidate.resolve())

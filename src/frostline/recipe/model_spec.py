@@ -1,0 +1,32 @@
+"""Which model and which tokenizer a recipe trains."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from frostline.recipe.base import Record
+
+
+class ScratchModel(Record):
+    """A model built from a configuration, with random weights; further keys go to the architecture's config."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    architecture: str
+    """A model type of transformers, such as `llama` or `gpt2`."""
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """The keys beside `architecture`: fields of the architecture's config class."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class TrainedTokenizer(Record):
+    """A tokenizer trained on the training text before the run."""
+
+    train: Literal["byte-bpe"]
+    """The kind: byte-level byte-pair encoding."""
+    vocab_size: int | None = None
+    """Entries; the model's own `vocab_size` when left out."""

@@ -1,0 +1,92 @@
+"""The recipe: one strict record for one run. Read `Recipe` first; `load.py` makes it from a file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic.types import Strict
+
+from frostline.recipe.base import Record
+from frostline.recipe.data_spec import DataSpec
+from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
+from frostline.recipe.stage_spec import StageSpec
+
+
+def _name_or_record(value: object) -> str:
+    return "name" if isinstance(value, str) else "record"
+
+
+class EvalSpec(Record):
+    """When the held-out loss is measured, beside the start and the end of every stage."""
+
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Also every so many steps."""
+    batches: Annotated[int, Field(ge=1)] = 8
+    """Held-out batches of `data.batch` rows; always the same ones."""
+
+
+class EvidenceSpec(Record):
+    """What is recorded for the audit beside the hashes, which are always recorded."""
+
+    gradients_every: Annotated[int, Field(ge=1)] = 10
+    """Gradient norms per part are recorded every so many steps, and at the first and last step of a stage."""
+
+
+class Recipe(Record):
+    """One run: a model, data, and stages."""
+
+    model: Annotated[
+        Annotated[str, Tag("name")] | Annotated[ScratchModel, Tag("record")], Discriminator(_name_or_record)
+    ]
+    """A folder, a hub name, or `{architecture: llama, hidden_size: 256, …}` from scratch."""
+    data: DataSpec
+    """The text."""
+    stages: Annotated[tuple[StageSpec, ...], Strict(False), Field(min_length=1)]
+    """What learns, one after another."""
+    tokenizer: (
+        Annotated[
+            Annotated[str, Tag("name")] | Annotated[TrainedTokenizer, Tag("record")],
+            Discriminator(_name_or_record),
+        ]
+        | None
+    ) = None
+    """A folder or hub name, or `{train: byte-bpe}`; the model's own, or a trained one from scratch, when left out."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """All randomness is a function of it: initial weights, order of the data, dropout."""
+    precision: Literal["fp32", "bf16-mixed"] = "fp32"
+    """`bf16-mixed`: fp32 weights and optimizer, matrix products in bf16 (autocast)."""
+    ties: Literal["error", "together", "untie"] = "error"
+    """When a selection takes one of two tied parts: refuse, take both, or give the model separate weights first."""
+    eval: EvalSpec = EvalSpec()
+    """Held-out loss."""
+    evidence: EvidenceSpec = EvidenceSpec()
+    """Records for the audit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is one."""
+
+    @model_validator(mode="after")
+    def _stages_named_apart(self) -> Recipe:
+        names = [stage_name(self, i) for i in range(len(self.stages))]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two stages are named '{name}'")
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Recipe:
+        for i, stage in enumerate(self.stages):
+            if self.data.batch % stage.accumulate:
+                raise ValueError(
+                    f"stages[{i}].accumulate ({stage.accumulate}) does not divide data.batch ({self.data.batch})"
+                )
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field with its value, defaults included, as plain data (what the run folder's recipe holds)."""
+        return self.model_dump(mode="json")
+
+
+def stage_name(recipe: Recipe, index: int) -> str:
+    """The name of stage `index` (0-based): its own, or `stage-1`, `stage-2`, …"""
+    return recipe.stages[index].name or f"stage-{index + 1}"

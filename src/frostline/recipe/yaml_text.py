@@ -1,0 +1,75 @@
+"""YAML 1.2 text → plain values plus the line of every key.
+
+YAML 1.2 because in it `1e-4` is a number. Only plain data is read: a tag such as `!!python/object` is an error,
+a duplicate key is an error. Read `parse_yaml` first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from frostline.errors import RecipeError
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YamlDocument:
+    """The values of one YAML document, and the 1-based line on which each key path stands."""
+
+    values: Any
+    lines: dict[KeyPath, int]
+
+    def line_of(self, path: KeyPath) -> int | None:
+        """The line of `path`, or of its nearest parent that is in the text."""
+        while path:
+            if path in self.lines:
+                return self.lines[path]
+            path = path[:-1]
+        return None
+
+
+def parse_yaml(text: str, *, where: str) -> YamlDocument:
+    """Parse one YAML 1.2 document. `where` names the file in errors. Raises `RecipeError` with line and column."""
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        values = yaml.load(text)
+        root = YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise RecipeError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+    except (YAMLError, ValueError) as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    lines: dict[KeyPath, int] = {}
+    if root is not None:
+        _collect_lines(root, (), lines)
+    return YamlDocument(values=values, lines=lines)
+
+
+def dump_yaml(values: Any) -> str:
+    """Plain values as YAML text that `parse_yaml` reads back equal."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the order of the record
+    stream = StringIO()
+    yaml.dump(values, stream)
+    return stream.getvalue()
+
+
+def _collect_lines(node: Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            child = (*path, key.value)
+            lines[child] = key.start_mark.line + 1
+            _collect_lines(value, child, lines)
+    elif isinstance(node, SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[(*path, i)] = value.start_mark.line + 1
+            _collect_lines(value, (*path, i), lines)

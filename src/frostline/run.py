@@ -1,0 +1,258 @@
+"""THE MAIN PATH: recipe → anatomy → selections → schedule → weights → training → run folder → audit.
+
+Read `train` from top to bottom: it is the order in which things happen. Everything that can be wrong with a recipe
+is found in `prepare`, before anything is written.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from frostline.anatomy import Anatomy, read_anatomy
+from frostline.audit import Audit, audit
+from frostline.data import Batch, Document, Rows, encode, read_documents, rows_at, train_byte_bpe
+from frostline.engine import LoopSettings, Observer, next_token_loss, train_loop
+from frostline.environment import describe_environment
+from frostline.errors import DataError, FrostlineError, NonFiniteError, RecipeError, SelectionError
+from frostline.model import load_config, load_model, load_skeleton, load_tokenizer, save_model, untie
+from frostline.recipe import Recipe, ScratchModel, TrainedTokenizer, dump_yaml, load_recipe, stage_name
+from frostline.run_folder import RunFolder, State, write_text
+from frostline.schedule import Schedule, Stage
+from frostline.selection import Selection, select
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A recipe that was found to make sense: everything but the weights."""
+
+    recipe: Recipe
+    anatomy: Anatomy
+    schedule: Schedule
+    tokenizer: Any
+    train_rows: Rows
+    held_out_rows: Rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """How a run ended."""
+
+    folder: Path
+    state: State
+    """`finished`, or `interrupted` by a signal: its evidence is whole up to `steps`."""
+    steps: int
+    audit: Audit
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    out: str | Path,
+    observers: Sequence[Observer] = (),
+    trust_remote_code: bool = False,
+) -> RunResult:
+    """Train as the recipe says, write the run folder `out`, audit it.
+
+    Raises a `FrostlineError` with nothing written when recipe, model, data or selections are wrong, or `out` is not
+    empty; `NonFiniteError` when loss or gradients stop being finite (the weights before that update are saved).
+    The first SIGINT or SIGTERM ends the run after the current step, evidence and model saved.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    prepared = prepare(recipe, trust_remote_code=trust_remote_code)
+    model = load_weights(prepared, trust_remote_code=trust_remote_code)
+    folder = start_folder(prepared, out)
+    device = choose_device(recipe)
+    model.to(device)
+    steps = 0
+    try:
+        with stop_on_signal() as stop:
+            steps = train_loop(
+                model,
+                prepared.anatomy,
+                prepared.schedule,
+                batches_of(prepared, device),
+                next_token_loss,
+                folder=folder,
+                settings=loop_settings(recipe, device),
+                held_out=held_out_batches(prepared, device),
+                observers=observers,
+                stop=stop,
+            )
+    except NonFiniteError as error:
+        save_model(model, prepared.tokenizer, folder.model)
+        folder.write_status("failed", step=folder.read_boundaries()[-1].step, message=str(error))
+        raise
+    save_model(model, prepared.tokenizer, folder.model)
+    state: State = "finished" if steps == prepared.schedule.n_steps else "interrupted"
+    folder.write_status(state, step=steps)
+    return RunResult(folder=folder.path, state=state, steps=steps, audit=audit(folder.path))
+
+
+def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
+    """Check a recipe against its model and data; reads no weights and writes nothing. Raises a `FrostlineError`."""
+    skeleton = load_skeleton(recipe.model, trust_remote_code=trust_remote_code)
+    if recipe.ties == "untie":
+        untie(skeleton)
+    anatomy = read_anatomy(skeleton)
+    schedule = make_schedule(recipe, anatomy)
+    documents = read_documents(recipe.data.train)
+    tokenizer = get_tokenizer(recipe, documents, trust_remote_code=trust_remote_code)
+    train_rows, held_out_rows = make_rows(recipe, documents, tokenizer)
+    return Prepared(
+        recipe=recipe,
+        anatomy=anatomy,
+        schedule=schedule,
+        tokenizer=tokenizer,
+        train_rows=train_rows,
+        held_out_rows=held_out_rows,
+    )
+
+
+def make_schedule(recipe: Recipe, anatomy: Anatomy) -> Schedule:
+    """The recipe's stages with their selections resolved. Raises `RecipeError` naming the stage."""
+    specs = []
+    for i, spec in enumerate(recipe.stages):
+        specs.append((stage_name(recipe, i), spec, _select(anatomy, spec.learn, recipe.ties, stage=i)))
+    return Schedule.of(specs)
+
+
+def _select(anatomy: Anatomy, expression: str, ties: str, *, stage: int) -> Selection:
+    try:
+        return select(anatomy, expression, ties="together" if ties == "together" else "error")
+    except SelectionError as error:
+        raise RecipeError(f"stages[{stage}].learn: {error}") from None
+
+
+def get_tokenizer(recipe: Recipe, documents: list[Document], *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that the recipe names, the model's own, or one trained on the documents. Raises a typed error."""
+    spec = recipe.tokenizer
+    if isinstance(spec, str):
+        return load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    if spec is None and isinstance(recipe.model, str):
+        return load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
+    if not documents:
+        raise DataError(f"no text to train on in {', '.join(recipe.data.train)}")
+    own = spec.vocab_size if isinstance(spec, TrainedTokenizer) else None
+    return train_byte_bpe(documents, n_vocabulary=own or load_config(recipe.model).vocab_size)
+
+
+def make_rows(recipe: Recipe, documents: list[Document], tokenizer: Any) -> tuple[Rows, Rows]:
+    """Rows to train on and rows held out. Raises `DataError` when there is too little text."""
+    data, n_vocabulary = recipe.data, load_config(recipe.model).get_text_config().vocab_size
+    rows = Rows(encode(documents, tokenizer, n_vocabulary=n_vocabulary), data.length)
+    needed = 2 if isinstance(data.held_out, float) else 1
+    if len(rows) < needed:
+        raise DataError(
+            f"too little text: {', '.join(data.train)} gives {len(rows.tokens)} tokens, and {needed} rows of "
+            f"{data.length} need {needed * data.length + 1}"
+        )
+    if isinstance(data.held_out, float):
+        return rows.split_end(data.held_out)
+    held_out = Rows(encode(read_documents(data.held_out), tokenizer, n_vocabulary=n_vocabulary), data.length)
+    if not len(held_out):
+        raise DataError(
+            f"too little held-out text: {', '.join(data.held_out)} gives {len(held_out.tokens)} tokens, and one row "
+            f"of {data.length} needs {data.length + 1}"
+        )
+    return rows, held_out
+
+
+def load_weights(prepared: Prepared, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model with its weights, untied if the recipe says so, its parts those that were selected from."""
+    recipe = prepared.recipe
+    model = load_model(recipe.model, seed=recipe.seed, trust_remote_code=trust_remote_code)
+    if recipe.ties == "untie":
+        untie(model)
+    if isinstance(recipe.model, ScratchModel):
+        tokenizer = prepared.tokenizer
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, name, getattr(tokenizer, name))
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+    found = read_anatomy(model)
+    if found.components != prepared.anatomy.components:
+        raise FrostlineError("the loaded model has other parts than its configuration says; please report this")
+    return model
+
+
+def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
+    """A new run folder with the resolved recipe and the environment in it."""
+    recipe = prepared.recipe
+    held_out = recipe.data.held_out if isinstance(recipe.data.held_out, tuple) else ()
+    base = recipe.model if isinstance(recipe.model, str) else None
+    folder = RunFolder.create(out)
+    folder.write_status("running", step=0)
+    write_text(folder.recipe, dump_yaml(recipe.as_dict()))
+    folder.write_json(
+        "environment.json",
+        describe_environment(device=choose_device(recipe), data=(*recipe.data.train, *held_out), base=base),
+    )
+    return folder
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """Where the run computes. Raises `RecipeError` when the recipe wants CUDA and there is none."""
+    has_cuda = torch.cuda.is_available()
+    if recipe.device == "cuda" and not has_cuda:
+        raise RecipeError("device: the recipe wants cuda, but torch sees no CUDA device here")
+    return torch.device("cuda" if has_cuda and recipe.device != "cpu" else "cpu")
+
+
+def loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
+    """The recipe's settings that hold for all stages."""
+    return LoopSettings(
+        seed=recipe.seed,
+        bf16=recipe.precision == "bf16-mixed",
+        device=device,
+        eval_every=recipe.eval.every,
+        gradients_every=recipe.evidence.gradients_every,
+    )
+
+
+def batches_of(prepared: Prepared, device: torch.device) -> Callable[[int, Stage], list[Batch]]:
+    """The pure function from a step to its micro-batches."""
+    rows, recipe = prepared.train_rows, prepared.recipe
+
+    def batches(step: int, stage: Stage) -> list[Batch]:
+        indices = rows_at(step, seed=recipe.seed, n_rows=len(rows), batch=recipe.data.batch)
+        return rows.batch(indices).to(device).split(stage.spec.accumulate)
+
+    return batches
+
+
+def held_out_batches(prepared: Prepared, device: torch.device) -> list[Batch]:
+    """The first `eval.batches` held-out batches, the last one possibly smaller."""
+    rows, size = prepared.held_out_rows, prepared.recipe.data.batch
+    n = min(len(rows), size * prepared.recipe.eval.batches)
+    return [rows.batch(range(at, min(at + size, n))).to(device) for at in range(0, n, size)]
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Inside, the first SIGINT or SIGTERM makes the yielded function say True; the second interrupts at once."""
+    received: list[int] = []
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may set signal handlers
+        return
+    before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

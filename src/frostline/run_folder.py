@@ -1,0 +1,222 @@
+"""The run folder: every file name in it, and the schema of the evidence. The engine writes, the audit reads.
+
+    recipe.yaml               the resolved recipe
+    environment.json          versions, threads, dtype flags, hashes of data and base, the command
+    anatomy.json              every part: tensors and index ranges
+    schedule.json             stages: boundaries, settings, the slices that learn
+    status.json               running, finished, interrupted or failed, and after which step
+    metrics.jsonl             loss, learning rate, gradient norm per step; held-out losses: what the seed determines
+    timing.jsonl              clocks, tokens per second, memory
+    evidence/
+      boundary-0.json …       SHA-256 of every piece at the start and after each stage
+      entry-0.safetensors …   the values that a stage starts to train, as they were
+      gradients.jsonl         gradient norm per learning piece at sampled steps
+    model/                    the trained model; plain transformers loads it
+
+A *piece* is a slice of one component that every stage treats as one: all of it learns, or none of it.
+Read `RunFolder` first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from frostline.anatomy import (
+    Anatomy,
+    Slice,
+    anatomy_from_json,
+    anatomy_to_json,
+    slice_from_json,
+    slice_to_json,
+)
+from frostline.errors import RunFolderError, StorageError
+
+SCHEMA = 1
+"""Version of every JSON file in a run folder."""
+
+State = Literal["running", "finished", "interrupted", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Boundary:
+    """The state of every tensor before the first step, or after a stage's last one."""
+
+    index: int
+    """0 at the start; k after stage k-1 (0-based)."""
+    step: int
+    """Steps done."""
+    hashes: dict[str, str]
+    """Piece (as text) → SHA-256 of its bytes."""
+    derived: tuple[str, ...] = ()
+    """Buffers that a plain forward pass rewrites itself; listed at boundary 0, not held to be frozen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRecord:
+    """One stage as it was resolved."""
+
+    index: int
+    name: str
+    learn: str
+    start: int
+    end: int
+    n_learning: int
+    """Parameters that learn."""
+    learning: tuple[Slice, ...]
+    """The slices that learn, one per piece."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GradientSample:
+    """Gradients at one step, before clipping."""
+
+    step: int
+    """1-based: after this step's backward pass."""
+    stage: int
+    norms: dict[str, float | None]
+    """Learning piece → L2 norm; None where no gradient arrived at all."""
+
+
+class RunFolder:
+    """One run folder; see the module's docstring for its files. Writing errors are `StorageError`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.evidence = self.path / "evidence"
+        self.model = self.path / "model"
+        self.metrics = self.path / "metrics.jsonl"
+        self.timing = self.path / "timing.jsonl"
+        self.gradients = self.evidence / "gradients.jsonl"
+        self.recipe = self.path / "recipe.yaml"
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """A new, empty run folder. Raises `RunFolderError` when something is there already."""
+        folder = cls(path)
+        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            raise RunFolderError(f"{path} exists and is not empty; a run never overwrites: name another --out")
+        with storage_errors(folder.path):
+            folder.evidence.mkdir(parents=True)
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run folder. Raises `RunFolderError` when it is not one."""
+        folder = cls(path)
+        if not folder.path.is_dir():
+            raise RunFolderError(f"no run folder at {path}")
+        if not (folder.path / "schedule.json").exists():
+            raise RunFolderError(f"{path} is no run folder: it has no schedule.json")
+        return folder
+
+    def entry(self, stage: int) -> Path:
+        """The file with the values that stage `stage` (0-based) starts to train."""
+        return self.evidence / f"entry-{stage}.safetensors"
+
+    def write_status(self, state: State, *, step: int, message: str = "") -> None:
+        """Say how far the run is."""
+        self.write_json("status.json", {"state": state, "step": step, "message": message})
+
+    def write_anatomy(self, anatomy: Anatomy) -> None:
+        """Write `anatomy.json`."""
+        self.write_json("anatomy.json", anatomy_to_json(anatomy))
+
+    def read_anatomy(self) -> Anatomy:
+        """The anatomy of the run's model."""
+        return anatomy_from_json(self.read_json("anatomy.json"))
+
+    def write_schedule(self, stages: list[StageRecord]) -> None:
+        """Write `schedule.json`."""
+        rows = [{**asdict(s), "learning": [slice_to_json(p) for p in s.learning]} for s in stages]
+        self.write_json("schedule.json", {"stages": rows})
+
+    def read_schedule(self) -> list[StageRecord]:
+        """The stages, in order."""
+        rows = self.read_json("schedule.json")["stages"]
+        return [StageRecord(**{**r, "learning": tuple(map(slice_from_json, r["learning"]))}) for r in rows]
+
+    def write_boundary(self, boundary: Boundary) -> None:
+        """Write `evidence/boundary-<index>.json`."""
+        self.write_json(f"evidence/boundary-{boundary.index}.json", asdict(boundary))
+
+    def read_boundaries(self) -> list[Boundary]:
+        """The boundaries reached so far, in order."""
+        out: list[Boundary] = []
+        while (self.evidence / f"boundary-{len(out)}.json").exists():
+            row = self.read_json(f"evidence/boundary-{len(out)}.json")
+            row.pop("schema", None)
+            out.append(Boundary(**{**row, "derived": tuple(row["derived"])}))
+        return out
+
+    def read_gradients(self) -> list[GradientSample]:
+        """Every gradient sample, in order."""
+        return [GradientSample(**row) for row in self.read_lines(self.gradients)]
+
+    def read_status(self) -> dict[str, Any]:
+        """`state`, `step`, `message`."""
+        return self.read_json("status.json")
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write one JSON file whole or not at all."""
+        text = json.dumps({"schema": SCHEMA, **data}, indent=1, ensure_ascii=False)
+        write_text(self.path / name, text + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One JSON file of this folder. Raises `RunFolderError` when it is missing, broken or of another schema."""
+        path = self.path / name
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunFolderError(f"{self.path} is incomplete: it has no {name}") from None
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(f"{path} is not readable: {error}") from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise RunFolderError(f"{path} is not of schema {SCHEMA}, the one this version of Frostline reads")
+        return data
+
+    def append(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Append one JSON line."""
+        with storage_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def read_lines(self, path: Path) -> list[dict[str, Any]]:
+        """The rows of a `.jsonl` file of this folder; none when it does not exist."""
+        if not path.exists():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise RunFolderError(f"{path} is not readable: {error}") from None
+
+
+def checkpoint_of(path: str) -> str:
+    """The model to read for a name on the command line: a run folder stands for its trained model."""
+    folder = Path(path)
+    return str(folder / "model") if (folder / "schedule.json").exists() else path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises `StorageError`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with storage_errors(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors about `path` into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

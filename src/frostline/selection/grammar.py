@@ -1,0 +1,219 @@
+"""The language of selections: text → syntax tree. Knows no model and imports no torch.
+
+    expr    = term { "|" term }
+    term    = factor { ("&" | "-") factor }          left to right
+    factor  = "~" factor | "(" expr ")" | path
+    path    = segment { "." segment }
+    segment = name [ "[" item { "," item } "]" ] | "{" name { "," name } "}"
+    item    = int | [int] ":" [int] [ ":" [int] ]
+
+`~` binds tighter than `&` and `-`, these tighter than `|`. Every node keeps its column (0-based), so that errors
+point at the text. Read `parse` first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from frostline.errors import SelectionError
+
+MAX_DEPTH = 50
+"""Nested parentheses and complements allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One index or range inside brackets."""
+
+    text: str
+    column: int
+    value: int | slice
+
+
+@dataclass(frozen=True, slots=True)
+class PathSegment:
+    """One step of a path: a name, or several in braces, and the indices in brackets, if any."""
+
+    names: tuple[str, ...]
+    columns: tuple[int, ...]
+    items: tuple[Item, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """A leaf: steps that a component's name must contain in a row."""
+
+    text: str
+    column: int
+    segments: tuple[PathSegment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Complement:
+    """`~ x`: everything but x."""
+
+    column: int
+    operand: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """`left op right` with op one of `|`, `&`, `-`."""
+
+    op: str
+    column: int
+    left: Expr
+    right: Expr
+
+
+Expr = Path | Complement | Binary
+
+_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<int>[0-9]+)|(?P<sign>[|&~(){}\[\].,:-]))")
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    kind: str  # "name", "int", "end", or the sign itself
+    text: str
+    column: int
+
+
+def parse(expression: str) -> Expr:
+    """The syntax tree of a selection. Raises `SelectionError` at the column where the text stops making sense."""
+    return _Parser(expression).parse()
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens = self._tokens()
+        self.at = 0
+        self.depth = 0
+
+    def error(self, message: str, column: int) -> SelectionError:
+        return SelectionError(message, expression=self.text, column=column)
+
+    def _tokens(self) -> list[_Token]:
+        out, at, end = [], 0, len(self.text.rstrip())
+        while at < end:
+            match = _TOKEN.match(self.text, at)
+            if match is None:
+                column = at + len(self.text[at:]) - len(self.text[at:].lstrip())
+                raise self.error(f"unexpected character {self.text[column]!r}", column)
+            kind = match.lastgroup or ""
+            token = match[kind]
+            out.append(_Token(token if kind == "sign" else kind, token, match.start(kind)))
+            at = match.end()
+        return [*out, _Token("end", "", end)]
+
+    @property
+    def token(self) -> _Token:
+        return self.tokens[self.at]
+
+    def accept(self, *kinds: str) -> _Token | None:
+        token = self.token
+        if token.kind not in kinds:
+            return None
+        self.at += 1
+        return token
+
+    def expect(self, kind: str, what: str) -> _Token:
+        token = self.accept(kind)
+        if token is None:
+            raise self.error(f"expected {what}, found {self.found()}", self.token.column)
+        return token
+
+    def found(self) -> str:
+        return repr(self.token.text) if self.token.kind != "end" else "the end"
+
+    def parse(self) -> Expr:
+        if self.token.kind == "end":
+            raise self.error("a selection cannot be empty; write 'all' for everything", 0)
+        tree = self.union()
+        if self.token.kind != "end":
+            raise self.error(f"expected '|', '&' or '-' between parts, found {self.found()}", self.token.column)
+        return tree
+
+    def union(self) -> Expr:
+        left = self.term()
+        while token := self.accept("|"):
+            left = Binary("|", token.column, left, self.term())
+        return left
+
+    def term(self) -> Expr:
+        left = self.factor()
+        while token := self.accept("&", "-"):
+            left = Binary(token.kind, token.column, left, self.factor())
+        return left
+
+    def factor(self) -> Expr:
+        if token := self.accept("~"):
+            with_depth = self.nested(token)
+            operand = self.factor()
+            self.depth = with_depth - 1
+            return Complement(token.column, operand)
+        if token := self.accept("("):
+            with_depth = self.nested(token)
+            inside = self.union()
+            self.expect(")", f"')' for the '(' at column {token.column + 1}")
+            self.depth = with_depth - 1
+            return inside
+        return self.path()
+
+    def nested(self, token: _Token) -> int:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self.error(f"nested more than {MAX_DEPTH} deep", token.column)
+        return self.depth
+
+    def path(self) -> Path:
+        start = self.token.column
+        segments = [self.segment()]
+        while self.accept("."):
+            segments.append(self.segment())
+        last = self.tokens[self.at - 1]
+        text = self.text[start : last.column + len(last.text)]
+        return Path(text, start, tuple(segments))
+
+    def segment(self) -> PathSegment:
+        if self.accept("{"):
+            names = [self.expect("name", "a name")]
+            while self.accept(","):
+                names.append(self.expect("name", "a name"))
+            self.expect("}", "',' or '}'")
+        else:
+            names = [self.expect("name", "the name of a part")]
+        items = self.items() if self.accept("[") else None
+        return PathSegment(tuple(n.text for n in names), tuple(n.column for n in names), items)
+
+    def items(self) -> tuple[Item, ...]:
+        items = [self.item()]
+        while self.accept(","):
+            items.append(self.item())
+        self.expect("]", "',' or ']'")
+        return tuple(items)
+
+    def item(self) -> Item:
+        start = self.token.column
+        numbers: list[int | None] = [self.integer()]
+        while len(numbers) < 3 and self.accept(":"):
+            numbers.append(self.integer())
+        last = self.tokens[self.at - 1]
+        text = self.text[start : last.column + len(last.text)]
+        if len(numbers) == 1:
+            if numbers[0] is None:
+                raise self.error(f"expected an index or a range such as 2:8, found {self.found()}", start)
+            return Item(text, start, numbers[0])
+        if len(numbers) == 3 and numbers[2] is not None and numbers[2] < 1:
+            raise self.error("the step of a range must be at least 1", start)
+        return Item(text, start, slice(*numbers))
+
+    def integer(self) -> int | None:
+        minus = self.accept("-")
+        token = self.expect("int", "a number") if minus else self.accept("int")
+        if token is None:
+            return None
+        if len(token.text) > 9:
+            raise self.error("this number is too large", token.column)
+        return -int(token.text) if minus else int(token.text)

@@ -1,0 +1,269 @@
+"""What a person sees in the terminal: tables and progress. Renders; never computes.
+
+Equal layers and experts are folded into one line, written so that it can be pasted into an expression
+(`layers[0:5].attn.q`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from frostline.anatomy import Anatomy, parse_path
+from frostline.audit import FAILED, Audit, Diff, Row
+from frostline.engine import Evaluated, Event, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.schedule import Stage
+from frostline.selection import Selection
+from frostline.units import format_count, format_duration, format_share
+
+
+@dataclass(slots=True)
+class Fold:
+    """Component names that differ only in their indices."""
+
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """One expression for all of them."""
+        paths = [parse_path(n) for n in self.names]
+        out = []
+        for steps in zip(*paths, strict=True):
+            indices = sorted({i for _, i in steps if i is not None})
+            out.append(steps[0][0] + (f"[{_index_text(indices)}]" if indices else ""))
+        return ".".join(out)
+
+
+def fold(items: Iterable[tuple[str, object]]) -> list[Fold]:
+    """Fold component names, given with what must be equal for two to be folded, in order of first appearance."""
+    folds: dict[object, Fold] = {}
+    for name, alike in items:
+        key = (tuple(step for step, _ in parse_path(name)), alike)
+        folds.setdefault(key, Fold()).names.append(name)
+    return list(folds.values())
+
+
+def _index_text(indices: Sequence[int]) -> str:
+    out, i = [], 0
+    while i < len(indices):
+        j = i
+        while j + 1 < len(indices) and indices[j + 1] == indices[j] + 1:
+            j += 1
+        out.append(str(indices[i]) if i == j else f"{indices[i]}:{indices[j] + 1}")
+        i = j + 1
+    return ",".join(out)
+
+
+def parts_table(anatomy: Anatomy) -> Group:
+    """The anatomy, equal layers and experts folded."""
+    title = f"{anatomy.model_type}: {format_count(anatomy.n_parameters)} parameters, {anatomy.n_layers} layers"
+    table = Table()
+    table.add_column("part", overflow="fold")
+    table.add_column("parameters each", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("tensor of the first", overflow="fold")
+    tied = dict(anatomy.tied_components)
+    items = [(c.name, (anatomy.n_own_elements(c), len(c.slices))) for c in anatomy.components]
+    for group in fold(items):
+        first = anatomy.component[group.names[0]]
+        each = anatomy.n_own_elements(first)
+        note = f"tied to {tied[first.name]}" if first.name in tied else ""
+        note = note or ("buffers only" if not any(map(anatomy.learnable, first.slices)) else "")
+        table.add_row(
+            group.title,
+            note or format_count(each),
+            "" if note else format_count(each * len(group.names)),
+            "" if note else format_share(each * len(group.names), anatomy.n_parameters),
+            "\n".join(str(s) for s in first.slices),
+        )
+    return Group(Text(title), table)
+
+
+def selection_table(selection: Selection) -> Group:
+    """What each term of an expression matched, and what all of it selects."""
+    table = Table()
+    table.add_column("term")
+    for column in ("layers", "components", "tensors", "parameters", "share"):
+        table.add_column(column, justify="right")
+    n_layers, total = selection.anatomy.n_layers, selection.anatomy.n_parameters
+    for m in selection.matches:
+        layers = f"{len(m.layers)} of {n_layers}" if m.layers else "–"
+        table.add_row(
+            m.text,
+            layers,
+            str(m.n_components),
+            str(m.n_tensors),
+            format_count(m.n_elements),
+            format_share(m.n_elements, total),
+        )
+    table.add_section()
+    table.add_row(
+        "selected",
+        f"{len(selection.layers)} of {n_layers}",
+        str(sum(1 for _ in selection.by_component())),
+        str(selection.n_tensors),
+        format_count(selection.n_elements),
+        format_share(selection.n_elements, total),
+    )
+    return Group(Text(str(selection)), table)
+
+
+def audit_table(audit: Audit) -> Table:
+    """Parts by stages: what was asked and what happened."""
+    table = Table()
+    table.add_column("part", overflow="fold")
+    for stage in audit.stages:
+        table.add_column(f"stage {stage}")
+    cells: dict[str, dict[str, Row]] = {}
+    for row in audit.rows:
+        cells.setdefault(row.component, {})[row.stage] = row
+    items = [(name, tuple((r.declared, r.verdict) for r in rows.values())) for name, rows in cells.items()]
+    for group in fold(items):
+        columns = [[cells[name][stage] for name in group.names] for stage in audit.stages]
+        table.add_row(group.title, *(_cell(rows) for rows in columns))
+    return table
+
+
+def _cell(rows: Sequence[Row]) -> Text:
+    verdict, declared = rows[0].verdict, rows[0].declared
+    if verdict in FAILED:
+        return Text(f"✗ {verdict}", style="bold red")
+    if verdict == "unchanged":
+        return Text("✓ frozen, 0 bytes changed", style="cyan")
+    if verdict == "moved":
+        sizes = [r.relative_change for r in rows if r.relative_change is not None]
+        return Text(f"✓ {declared}, moved {_range(sizes)}", style="green")
+    return Text(f"– {declared}, {verdict}", style="yellow")
+
+
+def _range(sizes: Sequence[float]) -> str:
+    """Relative changes as a share of the weights' norm, smallest to largest."""
+    if not sizes:
+        return ""
+    low, high = min(sizes), max(sizes)
+    if not math.isfinite(high):
+        return "from zero"
+    return f"{_percent(low)}" if _percent(low) == _percent(high) else f"{_percent(low)} – {_percent(high)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
+
+
+def print_audit(console: Console, audit: Audit) -> None:
+    """The table, the checks on the whole run, the verdict."""
+    console.print(audit_table(audit))
+    for evidence in audit.evidence:
+        mark, style = ("✓", "green") if evidence.passed else ("✗", "bold red")
+        console.print(Text(f"{mark} {evidence.claim}: {evidence.measured}", style=style))
+    for row in audit.failures:
+        for detail in row.details:
+            console.print(Text(f"  {row.component} (stage {row.stage}): {detail}", style="red"))
+    if audit.passed:
+        console.print(Text("AUDIT PASSED: what was asked, and only that, happened.", style="bold green"))
+    else:
+        console.print(Text("AUDIT FAILED", style="bold red"))
+
+
+def diff_table(diff: Diff) -> Group:
+    """Two checkpoints by component."""
+    table = Table()
+    table.add_column("part", overflow="fold")
+    for column in ("parameters", "bytes changed", "‖Δ‖/‖w‖"):
+        table.add_column(column, justify="right")
+    rows = {r.component: r for r in diff.rows}
+    known = [r.component for r in diff.rows if _is_component(r.component)]
+    groups = fold((name, rows[name].bytes_changed > 0) for name in known)
+    groups += [Fold([r.component]) for r in diff.rows if r.component not in known]
+    for group in groups:
+        found = [rows[n] for n in group.names]
+        changed = sum(r.bytes_changed for r in found)
+        table.add_row(
+            group.title if found[0].component in known else group.names[0],
+            format_count(sum(r.n_elements for r in found)),
+            f"{changed}" if changed else "equal",
+            _range([r.relative_change for r in found]) if changed else "",
+            style="green" if changed else "cyan",
+        )
+    for what, names in (
+        ("only in the first", diff.only_before),
+        ("only in the second", diff.only_after),
+        ("of another shape", diff.reshaped),
+    ):
+        for name in names:
+            table.add_row(name, "", what, "", style="red")
+    return Group(Text(f"{diff.before} → {diff.after}"), table)
+
+
+def _is_component(name: str) -> bool:
+    return name.split("[")[0].split(".")[0] in ("embed", "position", "layers", "final_norm", "head")
+
+
+class ProgressLines:
+    """An observer that shows a run: a bar on a terminal, one line per measurement everywhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.fields[stage]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=None, stage="", numbers="")
+        self.seconds = 0.0
+
+    def __enter__(self) -> ProgressLines:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case RunStarted():
+                self.progress.update(self.task, total=event.schedule.n_steps)
+            case StageStarted():
+                self.seconds = 0.0
+                self.console.print(_stage_line(event), highlight=False)
+                self.progress.update(self.task, stage=f"stage {event.stage.name}")
+            case StepDone():
+                self.seconds += event.seconds
+                speed = f"{event.n_targets / event.seconds:,.0f} tokens/s" if event.seconds else ""
+                self.progress.update(self.task, completed=event.step, numbers=f"loss {event.loss:.3f}  {speed}")
+            case Evaluated():
+                self.console.print(f"  step {event.step:>5}  held-out loss {event.held_out_loss:.4f}", highlight=False)
+            case StageEnded():
+                self.console.print(
+                    f"  stage {event.stage.name} ended: {event.stage.spec.steps} steps "
+                    f"in {format_duration(self.seconds)}",
+                    highlight=False,
+                )
+
+
+def _stage_line(event: StageStarted) -> str:
+    stage: Stage = event.stage
+    spec = stage.spec
+    optimizer = spec.optimizer
+    decay = f"weight decay {optimizer.weight_decay:g}"
+    if optimizer.weight_decay and not optimizer.decay_norms_and_biases:
+        decay += " (none on norms and biases)"
+    state = f", {event.n_restored} of {event.n_owned} keep their optimizer state" if stage.index else ""
+    return (
+        f"stage {stage.name}: {stage.selection} learn{state}\n"
+        f"  {spec.steps} steps, {optimizer.name}, lr {spec.lr:g}, {decay}, "
+        f"clip {spec.clip if spec.clip is not None else 'off'}"
+    )

@@ -1,0 +1,34 @@
+"""How numbers are written for people: counts, bytes, durations, shares. Nothing here computes."""
+
+from __future__ import annotations
+
+
+def _scaled(value: float, suffixes: tuple[str, ...], base: float) -> str:
+    suffix, *larger = suffixes
+    while abs(value) >= base and larger:
+        value, suffix = value / base, larger.pop(0)
+    return f"{value:.3g} {suffix}".rstrip() if abs(value) < 100 else f"{value:.0f} {suffix}".rstrip()
+
+
+def format_count(n: int) -> str:
+    """`1234567` → `1.23 M` (decimal thousands)."""
+    return _scaled(n, ("", "k", "M", "G", "T"), 1000.0)
+
+
+def format_bytes(n_bytes: int) -> str:
+    """`1_048_576` bytes → `1.05 MB` (decimal thousands)."""
+    return _scaled(n_bytes, ("B", "kB", "MB", "GB", "TB"), 1000.0)
+
+
+def format_duration(seconds: float) -> str:
+    """`75.2` seconds → `1m15s`."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def format_share(part: int, whole: int) -> str:
+    """`(1, 8)` → `12.5 %`."""
+    return f"{100 * part / whole:.1f} %" if whole else "–"
