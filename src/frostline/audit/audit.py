@@ -29,11 +29,13 @@ Verdict = Literal[
     "FROZEN BUT MOVED",
     "LEARNING BUT UNMOVED",
     "no signal",
+    "zero gradient",
     "no gradient",
     "derived",
     "not reached",
 ]
-"""`unchanged`, `moved`: as declared. `no signal`: its gradient is zero but for rounding. `no gradient`: the loss
+"""`unchanged`, `moved`: as declared. `no signal`: its gradient is zero but for rounding.
+`zero gradient`: exactly zero at every sampled step, as for an expert that no token is routed to. `no gradient`: the loss
 does not depend on it. `derived`: a buffer that the forward pass itself rewrites. `not reached`: the run stopped
 before."""
 
@@ -43,6 +45,7 @@ _WORST_FIRST: tuple[Verdict, ...] = (
     "LEARNING BUT UNMOVED",
     "moved",
     "no signal",
+    "zero gradient",
     "no gradient",
     "unchanged",
     "derived",
@@ -178,6 +181,8 @@ def _findings(
             verdict: Verdict = "derived"
         elif not learns:
             verdict = "unchanged" if before == after != "missing" else "FROZEN BUT MOVED"
+        elif norm == 0:
+            verdict = "zero gradient"
         elif norm is not None and _rms(norm, piece) <= floor:
             verdict = "no signal"
         elif before != after:

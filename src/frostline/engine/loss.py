@@ -10,8 +10,10 @@ from frostline.data import Batch
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Sum over `batch.n_targets` tokens of −log p(label), in fp32, natural logarithm; shape ()."""
+    """Sum over `batch.n_targets` tokens of −log p(label), natural logarithm, in fp32 (fp64 for a model in fp64); shape ()."""
     logits_BTV = model(input_ids=batch.input_ids, use_cache=False).logits
+    if logits_BTV.dtype != torch.float64:
+        logits_BTV = logits_BTV.float()
     return functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), batch.labels.flatten(), reduction="sum", ignore_index=-100
+        logits_BTV.flatten(0, 1), batch.labels.flatten(), reduction="sum", ignore_index=-100
     )
