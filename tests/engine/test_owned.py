@@ -66,9 +66,7 @@ def test_everything_outside_the_selection_keeps_its_bytes(
     model = tiny.model(architecture)
     anatomy = read_anatomy(model)
     before = {n: p.detach().clone() for n, p in parameters(model).items()}
-    active = switch(
-        parameters(model), anatomy, one_stage(anatomy, learn, optimizer=optimizer), memory={}, leaving=None
-    )
+    active = switch(parameters(model), anatomy, one_stage(anatomy, learn, optimizer=optimizer), memory={}, leaving=None)
     run_steps(model, active, 5)
     for name, after in parameters(model).items():
         moved = after.detach() != before[name]
