@@ -12,6 +12,7 @@
       entry-0.safetensors …   the values that a stage starts to train, as they were
       gradients.jsonl         gradient norm per learning piece at sampled steps
     model/                    the trained model; plain transformers loads it
+    claims.json, samples.json, report.html   when they were asked for
 
 A *piece* is a slice of one component that every stage treats as one: all of it learns, or none of it.
 Read `RunFolder` first.
@@ -95,6 +96,7 @@ class RunFolder:
         self.timing = self.path / "timing.jsonl"
         self.gradients = self.evidence / "gradients.jsonl"
         self.recipe = self.path / "recipe.yaml"
+        self.report = self.path / "report.html"
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:

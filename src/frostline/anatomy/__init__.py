@@ -10,6 +10,7 @@ from frostline.anatomy.component import (
     check_partition,
     parse_path,
 )
+from frostline.anatomy.modules import module_of
 from frostline.anatomy.read import anatomy_of_parts, list_tensors, read_anatomy
 from frostline.anatomy.slices import (
     Slice,
@@ -39,6 +40,7 @@ __all__ = [
     "intersect_all",
     "list_tensors",
     "merge",
+    "module_of",
     "parse_path",
     "part",
     "put",

@@ -3,6 +3,7 @@
 from frostline.audit.audit import FAILED, Audit, Evidence, Row, audit, audit_to_json
 from frostline.audit.diff import Diff, DiffRow, diff_checkpoints, diff_to_json
 from frostline.audit.movement import Movement, measure
+from frostline.audit.rewind import rewind
 
 __all__ = [
     "FAILED",
@@ -17,4 +18,5 @@ __all__ = [
     "diff_checkpoints",
     "diff_to_json",
     "measure",
+    "rewind",
 ]
