@@ -6,58 +6,22 @@ Equal layers and experts are folded into one line, written so that it can be pas
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from frostline.anatomy import Anatomy, parse_path
+from frostline.anatomy import Anatomy
 from frostline.audit import FAILED, Audit, Diff, Row
 from frostline.engine import Evaluated, Event, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.experiment.claims import Claims
+from frostline.experiment.demo import Demo
+from frostline.folding import Fold, fold
 from frostline.schedule import Stage
 from frostline.selection import Selection
-from frostline.units import format_count, format_duration, format_share
-
-
-@dataclass(slots=True)
-class Fold:
-    """Component names that differ only in their indices."""
-
-    names: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """One expression for all of them."""
-        paths = [parse_path(n) for n in self.names]
-        out = []
-        for steps in zip(*paths, strict=True):
-            indices = sorted({i for _, i in steps if i is not None})
-            out.append(steps[0][0] + (f"[{_index_text(indices)}]" if indices else ""))
-        return ".".join(out)
-
-
-def fold(items: Iterable[tuple[str, object]]) -> list[Fold]:
-    """Fold component names, given with what must be equal for two to be folded, in order of first appearance."""
-    folds: dict[object, Fold] = {}
-    for name, alike in items:
-        key = (tuple(step for step, _ in parse_path(name)), alike)
-        folds.setdefault(key, Fold()).names.append(name)
-    return list(folds.values())
-
-
-def _index_text(indices: Sequence[int]) -> str:
-    out, i = [], 0
-    while i < len(indices):
-        j = i
-        while j + 1 < len(indices) and indices[j + 1] == indices[j] + 1:
-            j += 1
-        out.append(str(indices[i]) if i == j else f"{indices[i]}:{indices[j] + 1}")
-        i = j + 1
-    return ",".join(out)
+from frostline.units import format_changes, format_count, format_duration, format_share
 
 
 def parts_table(anatomy: Anatomy) -> Group:
@@ -139,22 +103,8 @@ def _cell(rows: Sequence[Row]) -> Text:
         return Text("✓ frozen, 0 bytes changed", style="cyan")
     if verdict == "moved":
         sizes = [r.relative_change for r in rows if r.relative_change is not None]
-        return Text(f"✓ {declared}, moved {_range(sizes)}", style="green")
+        return Text(f"✓ {declared}, moved {format_changes(sizes)}", style="green")
     return Text(f"– {declared}, {verdict}", style="yellow")
-
-
-def _range(sizes: Sequence[float]) -> str:
-    """Relative changes as a share of the weights' norm, smallest to largest."""
-    if not sizes:
-        return ""
-    low, high = min(sizes), max(sizes)
-    if not math.isfinite(high):
-        return "from zero"
-    return f"{_percent(low)}" if _percent(low) == _percent(high) else f"{_percent(low)} – {_percent(high)}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 def print_audit(console: Console, audit: Audit) -> None:
@@ -189,7 +139,7 @@ def diff_table(diff: Diff) -> Group:
             group.title if found[0].component in known else group.names[0],
             format_count(sum(r.n_elements for r in found)),
             f"{changed}" if changed else "equal",
-            _range([r.relative_change for r in found]) if changed else "",
+            format_changes([r.relative_change for r in found]) if changed else "",
             style="green" if changed else "cyan",
         )
     for what, names in (
@@ -204,6 +154,38 @@ def diff_table(diff: Diff) -> Group:
 
 def _is_component(name: str) -> bool:
     return name.split("[")[0].split(".")[0] in ("embed", "position", "layers", "final_norm", "head")
+
+
+def print_claims(console: Console, claims: Claims) -> None:
+    """Every claim: what is said, the verdict, the numbers."""
+    for claim in claims.claims:
+        console.print(Text(f"{claim.key}  “{claim.belief}”", style="bold"))
+        if claim.holds:
+            style = "green" if claim.verdict == "TRUE" else "red"
+            console.print(Text(f"    {claim.verdict}. ", style=style).append(claim.measured, style="default"))
+        else:
+            console.print(
+                Text(f"    THE MEASUREMENT CONTRADICTS our verdict ({claim.verdict}): {claim.measured}", "bold red")
+            )
+        if claim.table:
+            received = ", ".join(name for name, answer in claim.table[1:] if answer == "yes")
+            none = ", ".join(name for name, answer in claim.table[1:] if answer == "none")
+            console.print(Text(f"    gradient: {received}\n    none: {none}", style="dim"))
+
+
+def print_demo(console: Console, demo: Demo) -> None:
+    """The whole demo: audit, losses, samples, claims."""
+    print_audit(console, demo.result.audit)
+    console.print()
+    for prompt in dict.fromkeys(s.prompt for s in demo.samples):
+        console.print(Text(f"{prompt}…", style="bold"))
+        for s in demo.samples:
+            if s.prompt == prompt:
+                text = " ".join(s.text.split())
+                console.print(Text(f"  {s.when}: ", style="cyan").append(text[:110], style="default"))
+    console.print()
+    print_claims(console, demo.claims)
+    console.print()
 
 
 class ProgressLines:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 
 def _scaled(value: float, suffixes: tuple[str, ...], base: float) -> str:
     suffix, *larger = suffixes
@@ -32,3 +35,19 @@ def format_duration(seconds: float) -> str:
 def format_share(part: int, whole: int) -> str:
     """`(1, 8)` → `12.5 %`."""
     return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def format_change(relative: float) -> str:
+    """A relative change as a percentage in two digits: `0.0731` → `7.3 %`; an infinite one is `from zero`."""
+    if not math.isfinite(relative):
+        return "from zero"
+    percent = 100 * relative
+    return f"{percent:.2g} %" if percent < 99.5 else f"{percent:.0f} %"
+
+
+def format_changes(relatives: Sequence[float]) -> str:
+    """The smallest to the largest of several relative changes: `3.6 % – 7 %`; empty for none."""
+    if not relatives:
+        return ""
+    low, high = format_change(min(relatives)), format_change(max(relatives))
+    return low if low == high else f"{low} – {high}"

@@ -35,8 +35,8 @@ Verdict = Literal[
     "not reached",
 ]
 """`unchanged`, `moved`: as declared. `no signal`: its gradient is zero but for rounding.
-`zero gradient`: exactly zero at every sampled step, as for an expert that no token is routed to. `no gradient`: the loss
-does not depend on it. `derived`: a buffer that the forward pass itself rewrites. `not reached`: the run stopped
+`zero gradient`: exactly zero at every sampled step, as for an expert that no token is routed to. `no gradient`: the
+loss does not depend on it. `derived`: a buffer that the forward pass itself rewrites. `not reached`: the run stopped
 before."""
 
 FAILED: frozenset[str] = frozenset({"FROZEN BUT MOVED", "LEARNING BUT UNMOVED"})

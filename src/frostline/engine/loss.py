@@ -10,7 +10,7 @@ from frostline.data import Batch
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Sum over `batch.n_targets` tokens of −log p(label), natural logarithm, in fp32 (fp64 for a model in fp64); shape ()."""
+    """Sum over `batch.n_targets` tokens of −log p(label), natural logarithm, in fp32 or wider; shape ()."""
     logits_BTV = model(input_ids=batch.input_ids, use_cache=False).logits
     if logits_BTV.dtype != torch.float64:
         logits_BTV = logits_BTV.float()

@@ -1,1 +1,1 @@
-"""Experiments over runs and models: claims that are measured, the demo, the report. Read `claims.py`, then `report.py`."""
+"""Experiments: claims that are measured, the demo, the report. Read `claims.py`, then `report.py`."""

@@ -11,6 +11,8 @@ from frostline.generate import continue_text
 from frostline.model import load_model, load_tokenizer
 from frostline.run_folder import RunFolder
 
+TEMPERATURE = 0.7
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
@@ -24,7 +26,7 @@ class Sample:
 
 
 def sample_run(run: RunFolder, prompts: Sequence[str], *, n_tokens: int = 60) -> list[Sample]:
-    """Greedy continuations of every prompt before training and after each finished stage, in this order."""
+    """Continuations of every prompt before training and after each finished stage, in this order (sampled, seed 0)."""
     stages = run.read_schedule()[: len(run.read_boundaries()) - 1]
     model, tokenizer = load_model(str(run.model)), load_tokenizer(str(run.model))
     found: list[list[Sample]] = []
@@ -32,10 +34,8 @@ def sample_run(run: RunFolder, prompts: Sequence[str], *, n_tokens: int = 60) ->
         if boundary < len(stages):
             rewind(model, run, boundary)
         when = f"after stage {stages[boundary - 1].name}" if boundary else "before training"
-        texts = [continue_text(model, tokenizer, p, n_tokens=n_tokens) for p in prompts]
-        found.append(
-            [Sample(when=when, prompt=p, text=t.removeprefix(p)) for p, t in zip(prompts, texts, strict=True)]
-        )
+        texts = [continue_text(model, tokenizer, p, n_tokens=n_tokens, temperature=TEMPERATURE) for p in prompts]
+        found.append([Sample(when=when, prompt=p, text=t.removeprefix(p)) for p, t in zip(prompts, texts, strict=True)])
     return [sample for samples in reversed(found) for sample in samples]
 
 

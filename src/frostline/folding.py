@@ -1,0 +1,45 @@
+"""Folding part names that differ only in their indices into one expression, such as `layers[0:5].attn.q`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from frostline.anatomy import parse_path
+
+
+@dataclass(slots=True)
+class Fold:
+    """Component names that differ only in their indices."""
+
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """One expression for all of them; it can be pasted into a recipe."""
+        paths = [parse_path(n) for n in self.names]
+        out = []
+        for steps in zip(*paths, strict=True):
+            indices = sorted({i for _, i in steps if i is not None})
+            out.append(steps[0][0] + (f"[{_index_text(indices)}]" if indices else ""))
+        return ".".join(out)
+
+
+def fold(items: Iterable[tuple[str, Hashable]]) -> list[Fold]:
+    """Fold names, each given with what must be equal for two to be folded, in order of first appearance."""
+    folds: dict[Hashable, Fold] = {}
+    for name, alike in items:
+        key = (tuple(step for step, _ in parse_path(name)), alike)
+        folds.setdefault(key, Fold()).names.append(name)
+    return list(folds.values())
+
+
+def _index_text(indices: Sequence[int]) -> str:
+    out, i = [], 0
+    while i < len(indices):
+        j = i
+        while j + 1 < len(indices) and indices[j + 1] == indices[j] + 1:
+            j += 1
+        out.append(str(indices[i]) if i == j else f"{indices[i]}:{indices[j] + 1}")
+        i = j + 1
+    return ",".join(out)
