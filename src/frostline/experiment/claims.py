@@ -273,7 +273,7 @@ def detached_attention_still_feeds_the_embedding(bench: _Bench) -> Claim:
     norm_ratio = [ratio for _, ratio in layers]
     attention = {c.name for c in bench.anatomy.components if ".attn." in c.name and c.name not in without}
     ffn_reached = all(_any_gradient(bench, f"layers[{i}].ffn", cut) for i in bench.layers)
-    cosines = ", ".join(f"{c:.3f}" for c, _ in layers)
+    cosines = ", ".join(map(_three_digits, (c for c, _ in layers)))
     return Claim(
         key="S7",
         belief="Detaching attention's output leaves only the FFN learning: embeddings, first norms and everything "
@@ -281,7 +281,8 @@ def detached_attention_still_feeds_the_embedding(bench: _Bench) -> Claim:
         verdict="FALSE for the embedding and earlier FFNs",
         measured=f"The loss is unchanged ({cut_loss:.6f}); every layer's FFN and the embedding still get a gradient, "
         f"through the residual path (norm at the embedding's output {embedding_norm:.2e}). But it is biased: cosine to "
-        f"the true gradient {cosines} for the FFNs, first layer to last, and {embedding:.3f} at the embedding.",
+        f"the true gradient {cosines} for the FFNs, first layer to last, and {_three_digits(embedding)} at the "
+        "embedding.",
         holds=cut_loss == loss and not attention and ffn_reached and embedding_norm > 0,
         numbers={
             "embedding_gradient_norm": embedding_norm,
@@ -397,21 +398,25 @@ def _any_gradient(bench: _Bench, part: str, gradients: dict[str, torch.Tensor]) 
 
 def _similarity(
     bench: _Bench, part: str, true: dict[str, torch.Tensor], cut: dict[str, torch.Tensor]
-) -> tuple[float, float]:
-    """Cosine, and ratio of norms (cut over true), between two gradients of a part."""
+) -> tuple[float | None, float | None]:
+    """Cosine, and ratio of norms (cut over true), between two gradients of a part; None where one is missing."""
     slices = bench.select(part).slices
     a, b = (_flat([take(g[s.tensor], s) for s in slices if s.tensor in g]) for g in (true, cut))
-    return _cosine(a, b), float(b.norm() / a.norm())
+    return _cosine(a, b), float(b.norm() / a.norm()) if a is not None and b is not None else None
 
 
-def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([t.reshape(-1).double() for t in tensors])
+def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    return torch.cat([t.reshape(-1).double() for t in tensors]) if tensors else None
 
 
-def _cosine(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+def _cosine(a: torch.Tensor | None, b: torch.Tensor | None) -> float | None:
     if a is None or b is None:
-        return math.nan
+        return None
     return float(cosine_similarity(a.reshape(-1).double(), b.reshape(-1).double(), dim=0))
+
+
+def _three_digits(number: float | None) -> str:
+    return "none" if number is None else f"{number:.3f}"
 
 
 def _folded(names: Sequence[str]) -> list[str]:

@@ -57,7 +57,7 @@ def page_of(folder: RunFolder, figures: Any) -> Page:
     held_out = [(r["step"], r["held_out_loss"]) for r in metrics if r.get("held_out_loss") is not None]
     at = dict(held_out)
     return {
-        "name": folder.path.resolve().name,
+        "name": "/".join(folder.path.resolve().parts[-2:]),
         "audit": result,
         "anatomy": anatomy,
         "parameters": format_count(anatomy.n_parameters),
