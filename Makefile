@@ -38,3 +38,7 @@ format: $(STAMP) ## rewrite the sources in the project's format
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: docs
+docs: $(STAMP) ## rewrite the pages that are made from the sources
+	$(BIN)/python -c "from frostline.recipe.describe import recipe_markdown; print(recipe_markdown(), end='')" > docs/recipe.md

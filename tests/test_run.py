@@ -140,17 +140,19 @@ def test_bad_models_and_data_write_nothing(tmp_path: Path) -> None:
     (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"x")
     (tmp_path / "bare").mkdir()
     data = {"length": 32, "batch": 4}
+    latin = {"train": str(tmp_path / "latin.txt"), **data}
+    misspelt = tiny.config("llama", hiden_size=3)
     cases: list[tuple[type[FrostlineError], str, dict[str, object]]] = [
         (ModelError, "no such folder", {"model": str(tmp_path / "nothing")}),
         (ModelError, "no config.json", {"model": str(tmp_path / "bare")}),
         (ModelError, "pickle", {"model": str(tmp_path / "pickle"), "tokenizer": {"train": "byte-bpe"}}),
         (ModelError, "no architecture 'lama'. Did you mean 'llama", {"model": {"architecture": "lama"}}),
-        (ModelError, "no field 'hiden_size'. Did you mean 'hidden_size'", {"model": tiny.config("llama", hiden_size=3)}),
+        (ModelError, "no field 'hiden_size'. Did you mean 'hidden_size'", {"model": misspelt}),
         (ModelError, "refuses", {"model": tiny.config("llama", hidden_size="x")}),
         (ModelError, "tokenizer", {"tokenizer": str(tmp_path / "pickle")}),
         (DataError, "no such file", {"data": {"train": str(tmp_path / "none.txt"), **data}}),
         (DataError, "no text", {"data": {"train": str(tmp_path / "empty.txt"), **data}}),
-        (DataError, "latin.txt: not UTF-8: byte 0xe9 at offset 3", {"data": {"train": str(tmp_path / "latin.txt"), **data}}),
+        (DataError, "latin.txt: not UTF-8: byte 0xe9 at offset 3", {"data": latin}),
         (DataError, "too little text", {"data": {"train": str(tmp_path / "text.txt"), "length": 100000}}),
     ]  # fmt: skip
     for kind, message, change in cases:

@@ -51,6 +51,7 @@ class RunResult:
     state: State
     """`finished`, or `interrupted` by a signal: its evidence is whole up to `steps`."""
     steps: int
+    anatomy: Anatomy
     audit: Audit
 
 
@@ -96,7 +97,7 @@ def train(
     save_model(model, prepared.tokenizer, folder.model)
     state: State = "finished" if steps == prepared.schedule.n_steps else "interrupted"
     folder.write_status(state, step=steps)
-    return RunResult(folder=folder.path, state=state, steps=steps, audit=audit(folder.path))
+    return RunResult(folder=folder.path, state=state, steps=steps, anatomy=prepared.anatomy, audit=audit(folder.path))
 
 
 def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:

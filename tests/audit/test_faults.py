@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_of(run: Path, to: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(run, to / "run"))
 
 
@@ -193,21 +192,22 @@ def test_one_bit_changed_in_the_entry_values_fails_the_audit(finished: Path, tmp
     assert name in claim
 
 
-@pytest.mark.parametrize(
-    "missing", ["anatomy.json", "evidence/boundary-2.json", "evidence/entry-0.safetensors", "model"]
-)
+@pytest.mark.parametrize("missing", ["evidence/boundary-2.json", "evidence/entry-0.safetensors", "model"])
 def test_a_missing_piece_of_evidence_never_passes(finished: Path, tmp_path: Path, missing: str) -> None:
-    import shutil
-
     run = copy_of(finished, tmp_path)
     target = run / missing
     shutil.rmtree(target) if target.is_dir() else target.unlink()
-    try:
-        audit = frostline.audit(run)
-    except RunFolderError as error:
-        assert missing in str(error)
-    else:
-        assert not audit.passed
+    assert not frostline.audit(run).passed
+
+
+@pytest.mark.parametrize("missing", ["anatomy.json", "status.json"])
+def test_a_run_folder_without_its_records_is_said_to_be_incomplete(
+    finished: Path, tmp_path: Path, missing: str
+) -> None:
+    run = copy_of(finished, tmp_path)
+    (run / missing).unlink()
+    with pytest.raises(RunFolderError, match=f"incomplete: it has no {missing}"):
+        frostline.audit(run)
 
 
 def test_evidence_that_names_a_learning_part_frozen_fails(finished: Path, tmp_path: Path) -> None:

@@ -168,14 +168,14 @@ def test_a_run_can_be_taken_back_to_before_any_stage(tmp_path: Path) -> None:
 def test_a_browser_draws_the_page_without_errors_and_without_sideways_scrolling(
     demo: Path, tmp_path: Path, width: int
 ) -> None:
-    probe = "<script>document.title=[document.documentElement.scrollWidth,innerWidth,document.querySelectorAll('svg').length].join(' ')</script>"
+    measure = "[document.documentElement.scrollWidth,innerWidth,document.querySelectorAll('svg').length].join(' ')"
+    probe = f"<script>document.title={measure}</script>"
     html = (demo / "run" / "report.html").read_text(encoding="utf-8")
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html).replace("</body>", probe + "</body>")
     # a headless window has a least width of its own: the page is looked at in a frame of the width wanted
     (tmp_path / "page.html").write_text(html, encoding="utf-8")
-    frame = (
-        f'<iframe src="page.html" width="{width}" height="900" onload="document.body.id=this.contentDocument.title"></iframe>'
-    )
+    onload = "document.body.id=this.contentDocument.title"
+    frame = f'<iframe src="page.html" width="{width}" height="900" onload="{onload}"></iframe>'
     (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}</body>", encoding="utf-8")
     done = subprocess.run(
         [

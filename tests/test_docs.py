@@ -1,0 +1,106 @@
+"""What the documentation shows is what happens: every code block and every path in it is tried."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+import frostline
+from frostline.cli import app
+from frostline.recipe import dump_yaml
+from frostline.recipe.describe import recipe_markdown
+from frostline.recipe.yaml_text import parse_yaml
+from frostline.selection import GROUPS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small base model, a text, and the README's recipe pointing at them with fewer steps."""
+    folder = tmp_path_factory.mktemp("readme")
+    data: dict[str, Any] = {"train": str(tiny.write_text(folder / "text.txt")), "length": 32, "batch": 4}
+    small = tiny.recipe_dict(folder, data=data)
+    frostline.train(frostline.recipe_from_dict(small), out=folder / "base")
+    (recipe,) = blocks("yaml")
+    values = parse_yaml(recipe, where="README").values
+    values["model"], values["data"] = str(folder / "base" / "model"), data
+    for stage in values["stages"]:
+        stage["steps"] = 2
+    (folder / "recipe.yaml").write_text(dump_yaml(values))
+    return folder
+
+
+def test_the_readmes_recipe_is_read_as_written(tmp_path: Path) -> None:
+    (recipe,) = blocks("yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    loaded = frostline.load_recipe(tmp_path / "recipe.yaml")
+    assert [s.learn for s in loaded.stages] == ["all", "ffn"]
+    assert loaded.stages[0].lr == 1e-3
+
+
+def test_the_readmes_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ frostline")]
+    assert len(lines) >= 3
+    for line in lines:
+        words = shlex.split(line.split("   #")[0])[2:]
+        words = [w.replace("layers[2:]", "layers[1:]") for w in words]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, (line, result.output)
+
+
+def test_the_readmes_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    (code,) = blocks("python")
+    exec(code.replace("stages[0].steps=10", "stages[0].steps=1"), {})
+
+
+def test_every_expression_in_the_readmes_table_means_something() -> None:
+    (table,) = re.findall(r"\| write \| meaning \|\n\|---\|---\|\n(.*?)\n\n", README, re.S)
+    expressions = [e for row in table.splitlines()[:-1] for e in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(expressions) > 15
+    anatomies = [tiny.anatomy(a) for a in ("llama", "gpt2", "mixtral")]
+    for expression in expressions:
+        shorter = expression.replace("4:8", "2:3").replace("layers[3]", "layers[2]")
+        assert any(_selects(a, shorter) for a in anatomies), expression
+    assert {e for e in expressions if e in GROUPS} == set(GROUPS)
+
+
+def _selects(anatomy: frostline.Anatomy, expression: str) -> bool:
+    try:
+        return frostline.select(anatomy, expression, ties="together").n_elements > 0
+    except frostline.FrostlineError:
+        return False
+
+
+def test_the_page_of_recipe_keys_is_what_the_records_say() -> None:
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == recipe_markdown(), "run `make docs`"
+
+
+def test_every_command_is_in_the_readme_and_every_link_leads_somewhere() -> None:
+    listed = set(re.findall(r"`frostline (\w+)", README))
+    assert {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} <= listed
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_run_folders_tree_in_the_readme_is_what_a_run_writes(workplace: Path) -> None:
+    names = re.findall(r"^  ? ?([\w.-]+\.(?:jsonl|json|yaml|safetensors))\b", README, re.M)
+    assert len(names) >= 8
+    written = {p.name for p in (workplace / "base").rglob("*")}
+    optional = {"claims.json", "samples.json"}
+    assert set(names) - optional <= written
