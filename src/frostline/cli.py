@@ -63,16 +63,31 @@ def errors_for_people(command: Callable[P, R]) -> Callable[P, R]:
 
 @app.command()
 @errors_for_people
-def parts(model: Model, as_json: AsJson = False, trust_remote_code: RemoteCode = False) -> None:
+def parts(
+    model: Model,
+    proven: Annotated[
+        bool, typer.Option("--prove", help="Measure on a tiny model with the same flags whether the names are right.")
+    ] = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
     """List the named parts of a model."""
-    from frostline.anatomy import anatomy_to_json
-    from frostline.terminal import parts_table
+    from dataclasses import asdict
+
+    from frostline.anatomy import anatomy_to_json, prove
+    from frostline.model import load_config
+    from frostline.run_folder import checkpoint_of
+    from frostline.terminal import parts_table, proof_table
 
     anatomy = _anatomy(model, trust_remote_code)
+    proof = prove(load_config(checkpoint_of(model), trust_remote_code=trust_remote_code)) if proven else None
     if as_json:
-        _print_json(anatomy_to_json(anatomy))
-    else:
-        _console().print(parts_table(anatomy))
+        _print_json({"schema": 1, **anatomy_to_json(anatomy), **({"proof": asdict(proof)} if proof else {})})
+        return
+    console = _console()
+    console.print(parts_table(anatomy))
+    if proof is not None:
+        console.print(proof_table(proof))
 
 
 @app.command()

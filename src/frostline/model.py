@@ -36,6 +36,8 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     _check_exists(source)
     try:
         with quiet_transformers():
+            if Path(source).is_file():
+                return _config_of_file(Path(source))
             return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load("configuration", source, error) from None
@@ -173,6 +175,15 @@ def _scratch_config(spec: ScratchModel) -> Any:
             return config_class(**spec.config_fields)
     except Exception as error:  # config classes raise whatever their checks raise
         raise ModelError(f"model: '{spec.architecture}' refuses this configuration: {_first_line(error)}") from None
+
+
+def _config_of_file(path: Path) -> Any:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict) or fields.get("model_type") not in CONFIG_MAPPING:
+        found = fields.get("model_type") if isinstance(fields, dict) else None
+        near = did_you_mean(str(found), list(CONFIG_MAPPING)) if found else ""
+        raise ModelError(f"{path} is no configuration of a known architecture (model_type: {found}).{near}")
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 
 def _check_exists(source: str) -> None:

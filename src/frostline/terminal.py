@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from frostline.anatomy import Anatomy
+from frostline.anatomy import Anatomy, Proof
 from frostline.audit import FAILED, Audit, Diff, Row
 from frostline.engine import Evaluated, Event, RunStarted, StageEnded, StageStarted, StepDone
 from frostline.experiment.claims import Claims
@@ -48,6 +48,29 @@ def parts_table(anatomy: Anatomy) -> Group:
             "\n".join(str(s) for s in first.slices),
         )
     return Group(Text(title), table)
+
+
+def proof_table(proof: Proof) -> Group:
+    """What was measured of the blocks of a tiny model, equal blocks folded."""
+    table = Table()
+    for column in ("layers", "topology", "norms", "mixes tokens", "alone", "adds to the stream", "residual inside"):
+        table.add_column(column, overflow="fold")
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    row: tuple[str, ...]
+    for b in proof.blocks:
+        mixing = ", ".join(n for n, mixes in b.mixes_tokens.items() if mixes)
+        alone = ", ".join(n for n, mixes in b.mixes_tokens.items() if not mixes)
+        scales = ", ".join(f"{f:g} × {n}" for n, f in b.residual_scale.items()) or "not a plain sum"
+        feeds = [f"{n} → {', '.join(f)}" for n, f in b.feeds.items()] + [f"{b_} → {n}" for n, b_ in b.follows.items()]
+        norms = f"{b.placement}: {'; '.join(feeds)}"
+        row = (b.topology, norms, mixing or "–", alone or "–", scales, ", ".join(b.residual_inside) or "–")
+        kinds.setdefault(row, []).append(b.layer)
+    for row, layers in kinds.items():
+        table.add_row(", ".join(map(str, layers)), *row)
+    notes = "".join(f"\nknown: {e}" for e in proof.exceptions)
+    return Group(
+        Text(f"proved on a tiny {proof.model_type} with the same flags, {len(proof.blocks)} layers{notes}"), table
+    )
 
 
 def selection_table(selection: Selection) -> Group:

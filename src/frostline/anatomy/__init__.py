@@ -11,6 +11,7 @@ from frostline.anatomy.component import (
     parse_path,
 )
 from frostline.anatomy.modules import module_of
+from frostline.anatomy.prove import BlockProof, Proof, prove, prove_model
 from frostline.anatomy.read import anatomy_of_parts, list_tensors, read_anatomy
 from frostline.anatomy.slices import (
     Slice,
@@ -28,7 +29,9 @@ from frostline.anatomy.slices import (
 
 __all__ = [
     "Anatomy",
+    "BlockProof",
     "Component",
+    "Proof",
     "Slice",
     "TensorInfo",
     "anatomy_from_json",
@@ -43,6 +46,8 @@ __all__ = [
     "module_of",
     "parse_path",
     "part",
+    "prove",
+    "prove_model",
     "put",
     "read_anatomy",
     "refine",

@@ -55,6 +55,11 @@ class Component:
         return parse_path(self.name)
 
     @property
+    def is_other(self) -> bool:
+        """Whether it lies outside the decoder, in another model of a composite (vision, audio)."""
+        return self.path[0][0] == "other"
+
+    @property
     def is_norm(self) -> bool:
         """Whether it is a normalisation: `attn_norm`, `ffn_norm`, `attn.q_norm`, `final_norm`, …"""
         return self.path[-1][0].endswith("norm")

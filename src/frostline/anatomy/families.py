@@ -1,49 +1,135 @@
 """What structure alone cannot tell: what the modules of a block are called in transformers.
 
-Only attribute names stand here, never model types. `read.py` uses them; a name that is missing here is refused
-there with the list of what was not understood.
+Attribute and class names stand here; model types only where a name means the opposite of what it means elsewhere.
+`read.py` uses the tables, `prove.py` measures whether they are right. Read `branch_kind` first.
 """
 
 from __future__ import annotations
 
-ATTENTION_PARTS: dict[str, str] = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-    "out_proj": "o",
-    "c_proj": "o",
-    "q_norm": "q_norm",
-    "k_norm": "k_norm",
-}
-"""Attribute of an attention module → part of `attn`."""
+import re
 
-PACKED_QKV = ("c_attn",)
-"""Attributes of an attention module that hold q, k and v, in this order, one after another along the outputs."""
+NORM_CLASS = re.compile(r"norm(gated|1p)?$", re.IGNORECASE)
+"""At the end only: a model may have a norm in its name (RoBERTa-PreLayerNorm)."""
+
+CROSS_ATTENTION = re.compile(r"cross|encoder_attn")
+"""Attributes of attention to another sequence."""
+
+TOWERS = re.compile(r"vision|visual|image|audio|speech|embed_tokens_extend")
+"""Attributes of the parts of a composite that are not its decoder."""
+
+ATTENTION_CLASS = re.compile(r"Attention$|Attention(?=[A-Z_]|\d)|Attn|MLA$")
+
+BRANCH_CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("residual", re.compile(r"HyperConnection|ResidualScal|GatedResidual|AttentionResidual|AltUp|Laurel")),
+    ("container", re.compile(r"DecoderLayer$|AttentionBlock$|FFNBlock$")),
+    (
+        "linear_attn",
+        re.compile(r"Linear.*Attention|Lightning|Delta(Net|Attention|Rule)|RwkvSelfAttention|xLSTMLayer|KDA"),
+    ),
+    ("ssm", re.compile(r"Mamba|RecurrentBlock|SSM|Mixer$")),
+    ("conv", re.compile(r"ShortConv")),
+    ("attn", ATTENTION_CLASS),
+    ("ffn", re.compile(r"MLP|Mlp|FeedForward|FFN|MoE|Moe$|Moe(?=[A-Z_])|MOE|Experts?$")),
+)
+"""Kind of branch → class names that are of that kind, in the order they are tried (a class of Mamba's own norm or of
+an attention *layer* is caught before)."""
+
+MIXERS = ("attn", "linear_attn", "ssm", "conv")
+"""Branches that mix tokens."""
+
+BLOCK_LINEARS: dict[str, str] = {"fc1": "ffn.up", "fc2": "ffn.down"}
+"""Linear layers that stand directly in a block → their part (OPT, XGLM, BioGPT)."""
+
+ATTENTION_PARTS: dict[str, str] = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o", "c_proj": "o", "dense": "o",
+    "Wq": "q", "Wk": "k", "Wv": "v", "q": "q", "k": "k", "v": "v", "project_q": "q", "project_k": "k",
+    "project_v": "v", "attention_out": "o", "dense_bias": "o",
+    "Wo": "o", "experts": "mixture",
+    "c_attn": "qkv", "qkv_proj": "qkv", "query_key_value": "qkv", "Wqkv": "qkv",
+    "q_norm": "q_norm", "k_norm": "k_norm", "q_layernorm": "q_norm", "k_layernorm": "k_norm",
+    "query_layernorm": "q_norm", "key_layernorm": "k_norm", "attn_sub_norm": "o_norm",
+}  # fmt: skip
+"""Attribute of an attention module → part of `attn`; other attributes keep their own name."""
+
+CONTIGUOUS_QKV = ("c_attn", "qkv_proj", "Wqkv")
+"""Packed projections whose outputs are all of q, then all of k, then all of v — where the widths say so."""
+
+PER_HEAD_QKV = ("query_key_value",)
+"""Packed projections whose outputs are q, k and v of one head (or one group of heads) after another."""
 
 FFN_PARTS: dict[str, str] = {
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "c_fc": "up",
-    "c_proj": "down",
-}
-"""Attribute of a dense FFN module → part of `ffn`."""
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "c_fc": "up", "c_proj": "down", "fc1": "up",
+    "fc2": "down", "fc_in": "up", "fc_out": "down", "dense_h_to_4h": "up", "dense_4h_to_h": "down",
+    "w1": "gate", "w3": "up", "w2": "down", "proj_up_gate": "gate", "proj_up": "up", "proj_down": "down",
+    "w_0": "gate", "w_1": "up", "w_out": "down", "gate_up_proj": "gate_up", "Wi": "gate_up", "Wo": "down",
+    "input_linear": "gate_up", "output_linear": "down", "ffn_sub_norm": "down_norm",
+}  # fmt: skip
+"""Attribute of an FFN module → part of `ffn`; other attributes keep their own name."""
 
-ROUTERS = ("gate", "router")
+ROUTERS = ("gate", "router", "wg")
 """Attributes of a mixture-of-experts module that hold the router."""
 
 EXPERTS = ("experts",)
-"""Attributes of a mixture-of-experts module that hold the packed experts."""
+"""Attributes of a mixture-of-experts module that hold the experts."""
 
-PRE_NORMS: dict[str, str] = {"input_layernorm": "attn_norm", "ln_1": "attn_norm", "ln_2": "ffn_norm"}
-"""Attribute of a block → the norm's name, where the attribute means the same everywhere."""
+ROUTER_BUFFERS = ("e_score_correction_bias", "expert_bias")
+"""Tensors directly in a mixture-of-experts module that belong to the router's choice."""
 
-POST_ATTENTION_NORM = "post_attention_layernorm"
-"""Feeds the FFN, unless the block has a norm of its own before or after the FFN: then it follows attention."""
+SHARED_EXPERTS = ("shared_expert", "shared_experts", "shared_mlp")
+"""Attributes of a mixture-of-experts module or block that hold the expert every token visits."""
 
-FFN_NORMS: dict[str, str] = {
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "ffn_post_norm",
+LINEAR_ATTENTION_PARTS = {
+    n: r for n, r in ATTENTION_PARTS.items() if n in ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q", "k", "v")
 }
-"""Attribute of a block with sandwich or post-norms → the norm's name."""
+"""Attribute of a linear-attention module → part of `linear_attn`."""
+
+RESERVED: dict[str, str] = {
+    "norm": "inner_norm",
+    "bias": "own_bias",
+    "all": "all_",
+    "mixer": "mixer_",
+    "experts": "mixture",
+}
+"""Own names that would hide a group or a part of the field's → what they are called instead."""
+
+MASKS = ("bias", "masked_bias", "causal_mask", "mask")
+"""Buffers with these names hold a causal mask."""
+
+RESIDUAL_ATTRIBUTES = re.compile(
+    r"^(altup|hc_|hyper_connection|per_layer|embed_tokens_per_layer|final_input|input_hidden_states|normalizer|embed_scale)"
+)
+"""Attributes of a decoder, outside its blocks, that act on the residual stream."""
+
+PRE_MIXER = ("input_layernorm", "ln_1", "ln1", "attention_layernorm", "self_attn_layer_norm", "operator_norm",
+             "temporal_pre_norm", "norm_mlstm", "norm_1", "layernorm1", "layernorm_before_attention", "norm",
+             "attn_norm")  # fmt: skip
+PRE_FFN = ("ln_2", "ln2", "feedforward_layernorm", "final_layer_norm", "ffn_norm", "channel_pre_norm", "norm_ffn",
+           "norm_2", "layernorm2", "pre_ff_layernorm", "pre_feedforward_layernorm", "pre_mlp_layernorm", "mlp_norm",
+           "layernorm_before_ffn")  # fmt: skip
+POST_MIXER = ("post_self_attn_layernorm", "post_operator_norm", "post_norm1")
+POST_FFN = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_ffn_norm", "post_norm2")
+AMBIGUOUS = ("post_attention_layernorm",)
+"""Before the FFN in most models; after attention where the block has another norm for the place before the FFN, or has
+norms after its branches and none for the place after attention."""
+
+NORMS_BY_TYPE: dict[tuple[str, str], str] = {
+    ("openai-gpt", "ln_1"): "ffn_norm",
+    ("openai-gpt", "ln_2"): "block_norm",
+}
+"""(model type, attribute) → name, where an attribute means something else than everywhere: the norm of a sum that both
+the next branch and the residual stream go on from."""
+
+
+def branch_kind(class_name: str) -> str | None:
+    """What a block's child of that class is: a kind in `BRANCH_CLASSES`, or None."""
+    return next((kind for kind, pattern in BRANCH_CLASSES if pattern.search(class_name)), None)
+
+
+def norm_role(name: str, siblings: set[str]) -> str | None:
+    """`pre_mixer`, `pre_ffn`, `post_mixer` or `post_ffn` for a block's norm; None when the table does not know it."""
+    if name in AMBIGUOUS:
+        if siblings & {*PRE_FFN} or (siblings & {*POST_FFN} and not siblings & {*POST_MIXER}):
+            return "post_mixer"
+        return "pre_ffn"
+    roles = {"pre_mixer": PRE_MIXER, "pre_ffn": PRE_FFN, "post_mixer": POST_MIXER, "post_ffn": POST_FFN}
+    return next((r for r, names in roles.items() if name in names), None)

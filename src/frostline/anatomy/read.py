@@ -1,27 +1,24 @@
 """Reading the anatomy of a live model, on any device (the meta device included: no weights are needed).
 
-Names come from the model's own accessors and from structure: the token embedding and the head by their accessors,
-blocks as the module list of the decoder, a block's branches by what they hold. What is not understood is an
-`AnatomyError` that lists it. Read `read_anatomy` first. Loads nothing and runs nothing.
+The token embedding and the head come from the model's own accessors, blocks from what transformers checkpoints as one
+unit, a block's branches from what their modules are. Inside a branch a tensor gets the field's name where the table
+knows it and keeps its own where not, so nothing is left out; what belongs to no branch is an `AnatomyError` that lists
+it. Read `read_anatomy` first; `blocks.py` reads one block. Loads nothing and runs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frostline.anatomy import families
+from frostline.anatomy.blocks import BlockReader, Named, is_norm
 from frostline.anatomy.component import Anatomy, Component, TensorInfo
-from frostline.anatomy.slices import Slice, part, whole
+from frostline.anatomy.slices import Slice, whole
 from frostline.errors import AnatomyError
-
-_BLOCK_ORDER = ("attn_norm", "attn", "attn_post_norm", "ffn_norm", "ffn", "ffn_post_norm")
-"""Parts of a block in the order of the forward pass."""
-
-Named = tuple[str, tuple[Slice, ...]]
-"""A component name and slices for it; several may name the same component."""
 
 
 def read_anatomy(model: nn.Module) -> Anatomy:
@@ -33,13 +30,14 @@ def read_anatomy(model: nn.Module) -> Anatomy:
                 "for another module name its parts with `anatomy_of_parts`"
             )
     tensors = list_tensors(model)
-    reader = _Reader(model, {t.name: t for t in tensors})
+    reader = _ModelReader(model, tensors)
     named = list(reader.read())
     read = {s.tensor for _, slices in named for s in slices}
     unknown = [f"{t.name} {t.shape}" for t in tensors if t.name not in read]
     if unknown:
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise AnatomyError(f"{kind}: {len(unknown)} tensors are not understood:\n  " + "\n  ".join(unknown))
+        raise AnatomyError(
+            f"{reader.model_type}: {len(unknown)} tensors are not understood:\n  " + "\n  ".join(unknown)
+        )
     return Anatomy(model_type=reader.model_type, components=_joined(named), tensors=tensors)
 
 
@@ -86,136 +84,123 @@ def list_tensors(module: nn.Module) -> tuple[TensorInfo, ...]:
     return tuple(out)
 
 
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The decoder's blocks, in the order of the model, with their names in it. Raises `AnatomyError` for none.
+
+    What transformers checkpoints as one unit is a block; where a model has no such units, the elements of the module
+    list with the most parameters are.
+    """
+    decoder = model.get_decoder()  # type: ignore[operator]
+    name_of = {id(m): n for n, m in model.named_modules()}
+    candidates = [decoder, model] if isinstance(decoder, nn.Module) else [model]
+    for root in candidates:
+        units = [m for m in root.modules() if isinstance(m, GradientCheckpointingLayer)]
+        nested = {id(inner) for unit in units for inner in unit.modules() if inner is not unit}
+        outer = [u for u in units if id(u) not in nested]
+        if outer:
+            return [(name_of[id(u)], u) for u in outer]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise AnatomyError(f"{type(model).__name__} has no list of blocks")
+    largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+    return [(name_of[id(b)], b) for b in largest]
+
+
 def _joined(named: Sequence[Named]) -> tuple[Component, ...]:
-    slices: dict[str, list[Slice]] = {}
+    slices: dict[str, dict[Slice, None]] = {}
     for name, found in named:
-        slices.setdefault(name, []).extend(found)
+        if found:  # some norms have no parameters
+            slices.setdefault(name, {}).update(dict.fromkeys(found))
     return tuple(Component(name=n, slices=tuple(found)) for n, found in slices.items())
 
 
-class _Reader:
-    """Walks one model; holds its tensors and the names of its modules."""
+class _ModelReader:
+    """Walks one model from the embedding to the head."""
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
-        self.model, self.tensors = model, tensors
-        self.names = {id(m): n for n, m in model.named_modules(remove_duplicate=True)}
+    def __init__(self, model: nn.Module, tensors: Sequence[TensorInfo]) -> None:
+        self.model = model
+        self.tensors = tensors
         self.model_type: str = model.config.model_type  # type: ignore[union-attr, assignment]
 
     def read(self) -> Iterator[Named]:
-        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        decoder = self.model.get_decoder()  # type: ignore[operator]
-        blocks_name, blocks = _blocks(decoder)
-        yield "embed", self.slices(embedding)
-        for name, child in decoder.named_children():
-            if child is embedding or name == blocks_name:
+        blocks = find_blocks(self.model)
+        before, after = self.outside([name for name, _ in blocks])
+        yield from before
+        for i, (name, block) in enumerate(blocks):
+            yield from BlockReader(f"layers[{i}]", name, block, self.tensors, self.model_type).read()
+        yield from after
+
+    def outside(self, blocks: Sequence[str]) -> tuple[list[Named], list[Named]]:
+        """What is not in a block: what comes before the blocks, and what comes after them."""
+        inside = tuple(f"{name}." for name in blocks)
+        backbone = self.backbone(blocks)
+        outer = [t.name for t in self.tensors if not t.name.startswith(inside)]
+        norms = {n.rpartition(".")[0] for n in outer if self.is_stream_norm(n, backbone)}
+        before: list[Named] = []
+        after: list[Named] = []
+        for tensor in self.tensors:
+            if tensor.name.startswith(inside):
                 continue
-            if isinstance(child, nn.Embedding) or _is_rotary(child):
-                yield "position", self.slices(child)
-        for i, block in enumerate(blocks):
-            yield from self.block(f"layers[{i}]", block)
-        for name, child in decoder.named_children():
-            if name != blocks_name and _is_norm(child):
-                yield "final_norm", self.slices(child)
-        if head is not None:
-            yield "head", self.slices(head)
+            part = self.part_of(tensor, backbone, only_norm=len(norms) == 1)
+            if part is not None:
+                late = part.split(".")[0] in ("final_norm", "head_norm", "head")
+                (after if late else before).append((part, (whole(tensor.name, tensor.shape),)))
+        return before, after
 
-    def slices(self, module: nn.Module) -> tuple[Slice, ...]:
-        """Every parameter and buffer of `module`, whole."""
-        return tuple(whole(t.name, t.shape) for t in self.inside(module))
+    def backbone(self, blocks: Sequence[str]) -> str:
+        """The name of the smallest model inside the model that holds all blocks; empty when it is the model itself."""
+        inner = [n for n, m in self.model.named_modules() if n and isinstance(m, PreTrainedModel)]
+        holding = [n for n in inner if all(b.startswith(n + ".") for b in blocks)]
+        return max(holding, key=len, default="")
 
-    def inside(self, module: nn.Module) -> list[TensorInfo]:
-        prefix = self.names[id(module)] + "."
-        return [t for name, t in self.tensors.items() if name.startswith(prefix)]
+    def is_stream_norm(self, name: str, backbone: str) -> bool:
+        """Whether a tensor outside the blocks belongs to a norm of the decoder itself."""
+        path = name.split(".")[:-1]
+        parent = ".".join(path[:-1])
+        return bool(path) and is_norm(self.model.get_submodule(".".join(path))) and (parent == backbone or not parent)
 
-    def block(self, at: str, block: nn.Module) -> Iterator[Named]:
-        children = dict(block.named_children())
-        found: list[Named] = []
-        for name, child in children.items():
-            if _is_norm(child):
-                role = _norm_role(name, set(children))
-                found += [(f"{at}.{role}", self.slices(child))] if role else []
-            elif _holds(child, families.ROUTERS) and _holds(child, families.EXPERTS):
-                found += list(self.moe(f"{at}.ffn", child))
-            elif _holds(child, families.PACKED_QKV) or _holds(child, ("q_proj", "k_proj", "v_proj")):
-                found += list(self.attention(f"{at}.attn", child))
-            elif _holds(child, families.FFN_PARTS):
-                found += list(self.parts(f"{at}.ffn", child, families.FFN_PARTS))
-        yield from sorted(found, key=lambda named: _BLOCK_ORDER.index(named[0].split(".")[1]))
+    def part_of(self, tensor: TensorInfo, backbone: str, *, only_norm: bool) -> str | None:
+        """The part that a tensor outside the blocks belongs to; None when it is not understood."""
+        *path, own = tensor.name.split(".")
+        chain = [self.model.get_submodule(".".join(path[:n])) for n in range(1, len(path) + 1)]
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()  # type: ignore[operator]
+        if any(m is embedding for m in chain):
+            return "embed"
+        if head is not None and any(m is head for m in chain):
+            return "head"
+        if not ".".join(path).startswith(backbone) and path[:1] != ["lm_head"] and path[:1] != ["head"]:
+            return f"other.{'.'.join(map(_step, path))}" if self.is_composite() else None
+        rest = path[len(backbone.split(".")) :] if backbone else path
+        if rest and families.TOWERS.search(rest[0]):
+            return f"other.{'.'.join(map(_step, rest))}"
+        if families.RESIDUAL_ATTRIBUTES.search((rest or [own])[0]):
+            return f"residual.{'_'.join(rest) or own}"
+        if _is_position((*path, own, type(chain[-1]).__name__ if chain else "")):
+            return "position"
+        if chain and is_norm(chain[-1]):
+            if path[0] in ("lm_head", "head"):
+                return "head_norm"
+            return "final_norm" if only_norm or "embed" not in ".".join(rest) else "embed_norm"
+        if path[:1] in (["lm_head"], ["head"]):
+            return f"head.{'_'.join(path[1:])}"
+        if chain and isinstance(chain[-1], nn.Embedding):
+            return f"embed.{'_'.join(rest)}"
+        if tensor.kind == "buffer" and own in families.MASKS:
+            return "mask"
+        if not rest and tensor.kind == "parameter":
+            return f"residual.{own}"
+        return None
 
-    def attention(self, at: str, module: nn.Module) -> Iterator[Named]:
-        for name, child in module.named_children():
-            if name in families.PACKED_QKV:
-                yield from self.packed_qkv(at, child)
-        yield from self.parts(at, module, families.ATTENTION_PARTS)
-
-    def packed_qkv(self, at: str, module: nn.Module) -> Iterator[Named]:
-        for tensor in self.inside(module):
-            dim = len(tensor.shape) - 1 if _is_conv1d(module) else 0
-            n = tensor.shape[dim]
-            if n % 3:
-                return  # q, k and v of different widths: not understood, and reported as such
-            cuts = [0, n // 3, 2 * n // 3, n]
-            for role, (start, stop) in zip("qkv", pairwise(cuts), strict=True):
-                yield f"{at}.{role}", (part(tensor.name, tensor.shape, dim, range(start, stop)),)
-
-    def parts(self, at: str, module: nn.Module, roles: Mapping[str, str]) -> Iterator[Named]:
-        for name, child in module.named_children():
-            if name in roles:
-                yield f"{at}.{roles[name]}", self.slices(child)
-
-    def moe(self, at: str, module: nn.Module) -> Iterator[Named]:
-        for name, child in module.named_children():
-            if name in families.ROUTERS:
-                yield f"{at}.router", self.slices(child)
-            elif name in families.EXPERTS:
-                yield from self.packed_experts(at, child)
-
-    def packed_experts(self, at: str, module: nn.Module) -> Iterator[Named]:
-        """`gate_up_proj` (experts, 2·width, hidden): gate rows, then up rows; `down_proj` (experts, hidden, width)."""
-        tensors = {t.name.rpartition(".")[2]: t for t in self.inside(module)}
-        if set(tensors) != {"gate_up_proj", "down_proj"} or getattr(module, "is_transposed", False):
-            return
-        gate_up, down = tensors["gate_up_proj"], tensors["down_proj"]
-        n_experts, two_width, hidden = gate_up.shape
-        if down.shape != (n_experts, hidden, two_width // 2):
-            return
-        for j in range(n_experts):
-            here = f"{at}.experts[{j}]"
-            gate = Slice(gate_up.name, ((range(j, j + 1),), (range(two_width // 2),), (range(hidden),)))
-            up = Slice(gate_up.name, ((range(j, j + 1),), (range(two_width // 2, two_width),), (range(hidden),)))
-            yield f"{here}.gate", (gate,)
-            yield f"{here}.up", (up,)
-            yield f"{here}.down", (part(down.name, down.shape, 0, range(j, j + 1)),)
+    def is_composite(self) -> bool:
+        """Whether the decoder is one of several models (vision, audio, encoder) in this one."""
+        config = self.model.config
+        return config.get_text_config() is not config or getattr(config, "is_encoder_decoder", False)  # type: ignore[union-attr, operator]
 
 
-def _blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    lists = [(n, c) for n, c in decoder.named_children() if isinstance(c, nn.ModuleList) and len(c)]
-    if len(lists) != 1:
-        found = ", ".join(n for n, _ in lists) or "none"
-        raise AnatomyError(f"{type(decoder).__name__}: expected one list of blocks, found {found}")
-    return lists[0]
+def _is_position(names: Sequence[str]) -> bool:
+    words = ("wpe", "position", "pos_emb", "pos_encoding", "rotary")
+    return any(word in name.lower() for name in names for word in words)
 
 
-def _holds(module: nn.Module, names: Sequence[str] | Mapping[str, str]) -> bool:
-    return any(name in names for name, _ in module.named_children())
-
-
-def _is_norm(module: nn.Module) -> bool:
-    one_dimensional = all(p.dim() <= 1 for p in module.parameters())
-    return "norm" in type(module).__name__.lower() and one_dimensional and not list(module.children())
-
-
-def _is_rotary(module: nn.Module) -> bool:
-    return not list(module.parameters()) and "rotary" in type(module).__name__.lower()
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, whose weight is (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _norm_role(name: str, siblings: set[str]) -> str | None:
-    if name == families.POST_ATTENTION_NORM:
-        return "attn_post_norm" if siblings & set(families.FFN_NORMS) else "ffn_norm"
-    return families.PRE_NORMS.get(name) or families.FFN_NORMS.get(name)
+def _step(attribute: str) -> str:
+    return attribute if not attribute[0].isdigit() else f"part_{attribute}"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from frostline.anatomy import Anatomy, Component, Slice, intersect_all, slice_to_json, subtract_all
+from frostline.anatomy import Anatomy, Component, Slice, families, intersect_all, slice_to_json, subtract_all
 from frostline.errors import SelectionError, did_you_mean
 from frostline.selection.grammar import Binary, Complement, Expr, Item, Path, PathSegment, parse
 from frostline.units import format_count, format_share
@@ -19,12 +19,11 @@ from frostline.units import format_count, format_share
 Slices = tuple[Slice, ...]
 Ties = Literal["error", "together"]
 
-MIXERS = frozenset({"attn"})
 GROUPS: dict[str, Callable[[Anatomy, Component, Slice], bool]] = {
-    "all": lambda _a, _c, _s: True,
+    "all": lambda _a, c, _s: not c.is_other,
     "norm": lambda _a, c, _s: c.is_norm,
     "bias": lambda a, _c, s: a.is_bias(s),
-    "mixer": lambda _a, c, _s: any(name in MIXERS for name, _ in c.path),
+    "mixer": lambda _a, c, _s: any(name in families.MIXERS for name, _ in c.path),
     "qk": lambda _a, c, _s: c.path[-2:][0][0] == "attn" and c.path[-1][0] in ("q", "k"),
     "vo": lambda _a, c, _s: c.path[-2:][0][0] == "attn" and c.path[-1][0] in ("v", "o"),
 }
@@ -145,7 +144,9 @@ class _Resolver:
         self.matches: list[Match] = []
         self.parts = {name for c in anatomy.components for name, _ in c.path}
         self.position = {t.name: i for i, t in enumerate(anatomy.tensors)}
-        self.learnable = tuple(s for c in anatomy.components for s in c.slices if anatomy.learnable(s))
+        # what is not the decoder's (`other`) learns only when it is named
+        own = (c for c in anatomy.components if not c.is_other)
+        self.learnable = tuple(s for c in own for s in c.slices if anatomy.learnable(s))
         self.counts = _counts(anatomy)
 
     def order(self, piece: Slice) -> tuple[int, tuple[int, ...]]:
