@@ -76,6 +76,8 @@ class Anatomy:
     """Every name of a parameter or buffer, tied names included, in the model's order."""
 
     def __post_init__(self) -> None:
+        for component in self.components:
+            parse_path(component.name)
         check_partition(self.components, self.tensors)
 
     @cached_property
@@ -152,9 +154,13 @@ def check_partition(components: tuple[Component, ...], tensors: tuple[TensorInfo
             if s.tensor not in shapes:
                 raise AnatomyError(f"component {c.name} names a tensor the model does not have: {s.tensor}")
             held[s.tensor].append(s)
-    problems = []
+    names = [c.name for c in components]
+    problems = [f"two components are named {n}" for n in dict.fromkeys(names) if names.count(n) > 1]
     for name, shape in shapes.items():
         slices = held[name]
+        if any(len(s.index) != len(shape) for s in slices):
+            problems.append(f"{name} {shape}: a slice of it has another number of dimensions")
+            continue
         n_held, n_all = sum(s.n_elements for s in slices), whole(name, shape).n_elements
         if n_held < n_all:
             problems.append(f"{name} {shape}: {n_all - n_held} of {n_all} elements belong to no component")

@@ -52,7 +52,7 @@ def _documents_of(file: Path) -> Iterator[Document]:
 
 def _read_utf8(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
@@ -69,10 +69,12 @@ def _json_lines(text: str, file: Path) -> Iterator[Document]:
         where = f"{file}:{number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not valid JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             found = f"keys {', '.join(map(repr, row))}" if isinstance(row, dict) else type(row).__name__
             raise DataError(f"{where}: expected an object with a string under 'text', found {found}")
+        if any("\ud800" <= c <= "\udfff" for c in row["text"]):
+            raise DataError(f"{where}: 'text' holds half of a surrogate pair, which is no character")
         if row["text"].strip():
             yield Document(row["text"], where)

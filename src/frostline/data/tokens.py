@@ -79,7 +79,9 @@ def encode(documents: Iterable[Document], tokenizer: Any, *, n_vocabulary: int) 
         return torch.empty(0, dtype=torch.int32)
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    # text that happens to read like the end token stays text
+    settings = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    encoded = tokenizer(texts, verbose=False, **settings)["input_ids"]
     tokens = torch.cat([torch.tensor([*begin, *ids, *end], dtype=torch.int32) for ids in encoded])
     if len(tokens) and int(tokens.max()) >= n_vocabulary:
         raise DataError(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 from pydantic.types import Strict
 
 from frostline.recipe.base import Record
 
 Paths = Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
+
+
+def _share_or_files(value: object) -> str:
+    return "files" if isinstance(value, (list, tuple)) else "share"
 
 
 def _one_or_many(value: object) -> object:
@@ -21,7 +25,10 @@ class DataSpec(Record):
 
     train: Paths
     """A `.txt`, `.md` or `.jsonl` file (rows with `text`), a folder of them, or a list of these."""
-    held_out: Annotated[float, Field(gt=0, lt=1)] | Paths = 0.05
+    held_out: Annotated[
+        Annotated[Annotated[float, Field(gt=0, lt=1)], Tag("share")] | Annotated[Paths, Tag("files")],
+        Discriminator(_share_or_files),
+    ] = 0.05
     """The share of the training tokens kept for the held-out loss (its end), or files of their own."""
     length: Annotated[int, Field(ge=2)] = 256
     """Tokens per row."""

@@ -7,7 +7,7 @@ absolute ones. Read `load_recipe` first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -18,6 +18,12 @@ from frostline.errors import RecipeError, did_you_mean
 from frostline.recipe.recipe import Recipe
 from frostline.recipe.yaml_text import KeyPath, YamlDocument, parse_yaml
 
+_TAGS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("model",): ("name", "record"),
+    ("tokenizer",): ("name", "record"),
+    ("data", "held_out"): ("share", "files"),
+}
+"""Keys that take one of several kinds → the tags of the kinds in the record."""
 _FOLDERS_OR_HUB_NAMES: tuple[tuple[str, ...], ...] = (("model",), ("tokenizer",))
 _PATHS: tuple[tuple[str, ...], ...] = (("data", "train"), ("data", "held_out"))
 
@@ -59,8 +65,18 @@ def _validate(values: Mapping[str, Any], *, document: YamlDocument, where: str) 
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(e, document=document, where=where) for e in error.errors()]
+        problems = [_describe(e, document=document, where=where) for e in _innermost(error.errors())]
         raise RecipeError("\n".join(dict.fromkeys(problems))) from None
+
+
+def _innermost(errors: Sequence[Any]) -> list[Any]:
+    """Errors without those that only repeat, for the list or record around it, that something inside is wrong."""
+    places = [e["loc"] for e in errors]
+    return [
+        e
+        for e, here in zip(errors, places, strict=True)
+        if not (e["type"] == "too_short" and any(p != here and p[: len(here)] == here for p in places))
+    ]
 
 
 def _describe(error: Any, *, document: YamlDocument, where: str) -> str:
@@ -81,10 +97,12 @@ def _describe(error: Any, *, document: YamlDocument, where: str) -> str:
 
 
 def _without_tags(loc: tuple[str | int, ...]) -> KeyPath:
-    """Drop what pydantic adds to say which member of a union it tried."""
-    noise = {"name", "record"} if loc and loc[0] in ("model", "tokenizer") else set()
-    tagged = [p for i, p in enumerate(loc) if not (i == 1 and p in noise)]
-    return tuple(p for p in tagged if isinstance(p, int) or re.fullmatch(r"\w+", p))
+    """Drop what pydantic adds to say which member of a union it tried: it stands right after the union's key."""
+    for key, tags in _TAGS.items():
+        n = len(key)
+        if loc[:n] == key and len(loc) > n and loc[n] in tags:
+            return (*loc[:n], *loc[n + 1 :])
+    return loc
 
 
 def _keys_at(loc: KeyPath) -> list[str]:
@@ -107,7 +125,10 @@ def _record_in(annotation: Any) -> Any:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -125,8 +146,8 @@ def format_key(path: KeyPath) -> str:
 
 def parse_key(text: str) -> KeyPath:
     """`stages[0].lr` → `("stages", 0, "lr")`. Raises `RecipeError`."""
-    if not re.fullmatch(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", text):
-        raise RecipeError(f"--set {text}: write a key as in stages[0].lr")
+    if not re.fullmatch(r"\w+(\[\d{1,6}\])*(\.\w+(\[\d{1,6}\])*)*", text):
+        raise RecipeError(f"--set {_shortened(text)}: write a key as in stages[0].lr")
     return tuple(int(p[1:-1]) if p[0] == "[" else p for p in re.findall(r"\w+|\[\d+\]", text) if p)
 
 
@@ -146,7 +167,7 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
         _item(target, last, override)
     elif not isinstance(target, dict):
         raise RecipeError(f"--set {override}: {format_key(path[:-1])} has no keys of its own")
-    target[last] = parse_yaml(text, where=f"--set {override}").values
+    target[last] = parse_yaml(text, where=f"--set {_shortened(override)}").values
     return path
 
 
@@ -163,20 +184,30 @@ def _make_paths_absolute(values: dict[str, Any], *, base: Path, overridden: list
         parent = values if len(path) == 1 else values.get(path[0])
         if not isinstance(parent, dict) or path[-1] not in parent:
             continue
-        start = Path.cwd() if any(o == path[: len(o)] for o in overridden) else base
-        names = path in _FOLDERS_OR_HUB_NAMES
+
+        def absolute(value: Any, key: KeyPath, names: bool = path in _FOLDERS_OR_HUB_NAMES) -> Any:
+            start = Path.cwd() if any(o == key[: len(o)] for o in overridden) else base
+            return _absolute(value, start, key=key, may_be_name=names)
+
         value = parent[path[-1]]
         if isinstance(value, str):
-            parent[path[-1]] = _absolute(value, start, may_be_name=names)
-        elif isinstance(value, list):
-            parent[path[-1]] = [_absolute(v, start, may_be_name=names) for v in value]
+            parent[path[-1]] = absolute(value, path)
+        elif isinstance(value, (list, tuple)):
+            parent[path[-1]] = [absolute(v, (*path, i)) for i, v in enumerate(value)]
 
 
-def _absolute(value: Any, base: Path, *, may_be_name: bool) -> Any:
+def _absolute(value: Any, base: Path, *, key: KeyPath, may_be_name: bool) -> Any:
     """`value` as an absolute path; a hub name such as `org/model` stays as it is unless such a folder exists."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         return value
-    candidate = base / Path(value).expanduser()
-    if may_be_name and not candidate.exists() and not value.startswith((".", "/", "~")):
-        return value
-    return str(candidate.resolve())
+    try:
+        if not value:
+            raise ValueError("it is empty")
+        value.encode()
+        candidate = base / Path(value).expanduser()
+        if may_be_name and not value.startswith((".", "/", "~")) and not candidate.exists():
+            return value
+        return str(candidate.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"'{format_key(key)}': {_shown(value)} cannot be a path: {reason}") from None

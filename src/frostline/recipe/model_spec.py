@@ -12,7 +12,7 @@ from frostline.recipe.base import Record
 class ScratchModel(Record):
     """A model built from a configuration, with random weights; further keys go to the architecture's config."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow")
 
     architecture: str
     """A model type of transformers, such as `llama` or `gpt2`."""

@@ -84,7 +84,14 @@ class Recipe(Record):
 
     def as_dict(self) -> dict[str, Any]:
         """Every field with its value, defaults included, as plain data (what the run folder's recipe holds)."""
-        return self.model_dump(mode="json")
+        return {name: plain(value) for name, value in self.model_dump().items()}
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: what YAML and JSON have."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def stage_name(recipe: Recipe, index: int) -> str:

@@ -38,18 +38,20 @@ class YamlDocument:
 def parse_yaml(text: str, *, where: str) -> YamlDocument:
     """Parse one YAML 1.2 document. `where` names the file in errors. Raises `RecipeError` with line and column."""
     yaml = YAML(typ="safe", pure=True)
+    lines: dict[KeyPath, int] = {}
     try:
         values = yaml.load(text)
         root = YAML(typ="safe", pure=True).compose(text)
+        if root is not None:
+            _collect_lines(root, (), lines)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         raise RecipeError(f"{place}: not valid YAML: {error.problem or error.context}") from None
-    except (YAMLError, ValueError) as error:
+    except RecursionError:
+        raise RecipeError(f"{where}: not valid YAML here: nested too deeply, or without end") from None
+    except (YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
-    lines: dict[KeyPath, int] = {}
-    if root is not None:
-        _collect_lines(root, (), lines)
     return YamlDocument(values=values, lines=lines)
 
 
@@ -59,6 +61,7 @@ def dump_yaml(values: Any) -> str:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the order of the record
     stream = StringIO()
+    yaml.allow_unicode = False  # some characters, such as U+0085, would be read back as line ends
     yaml.dump(values, stream)
     return stream.getvalue()
 
@@ -66,6 +69,8 @@ def dump_yaml(values: Any) -> str:
 def _collect_lines(node: Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:
     if isinstance(node, MappingNode):
         for key, value in node.value:
+            if not isinstance(key.value, str):
+                raise TypeError(f"a key must be a plain word (line {key.start_mark.line + 1})")
             child = (*path, key.value)
             lines[child] = key.start_mark.line + 1
             _collect_lines(value, child, lines)

@@ -45,7 +45,9 @@ class Schedule:
         return self.stages[-1].end
 
     def at(self, step: int) -> Stage:
-        """The stage that `step` (0-based) belongs to."""
+        """The stage that `step` (0-based) belongs to. Raises `IndexError` outside the run."""
+        if not 0 <= step < self.n_steps:
+            raise IndexError(f"step {step} is outside the run's {self.n_steps} steps")
         return next(s for s in self.stages if step < s.end)
 
     @classmethod

@@ -18,8 +18,9 @@ from frostline.units import format_count, format_share
 
 Slices = tuple[Slice, ...]
 Ties = Literal["error", "together"]
+Group = Callable[[Anatomy, Component, Slice], bool]
 
-GROUPS: dict[str, Callable[[Anatomy, Component, Slice], bool]] = {
+GROUPS: dict[str, Group] = {
     "all": lambda _a, c, _s: not c.is_other,
     "norm": lambda _a, c, _s: c.is_norm,
     "bias": lambda a, _c, s: a.is_bias(s),
@@ -156,33 +157,37 @@ class _Resolver:
         return SelectionError(message, expression=self.expression, column=column)
 
     def resolve(self, tree: Expr) -> Slices:
-        match tree:
-            case Path():
-                return self.leaf(tree)
-            case Complement():
-                return subtract_all(self.learnable, self.resolve(tree.operand))
-            case Binary(op="|"):
-                left, right = self.resolve(tree.left), self.resolve(tree.right)
-                return (*left, *subtract_all(right, left))
-            case Binary(op="&"):
-                both = intersect_all(self.resolve(tree.left), self.resolve(tree.right))
-                if not both:
-                    raise self.error("the two sides of this '&' have nothing in common", tree.column)
-                return both
-            case Binary():
-                left, right = self.resolve(tree.left), self.resolve(tree.right)
-                if not intersect_all(left, right):
-                    raise self.error("this '-' removes nothing: its two sides have nothing in common", tree.column)
-                return subtract_all(left, right)
+        chain: list[Binary] = []  # a row of terms is walked, not descended: it may be long
+        while isinstance(tree, Binary):
+            chain.append(tree)
+            tree = tree.left
+        if isinstance(tree, Complement):
+            value = subtract_all(self.learnable, self.resolve(tree.operand))
+        else:
+            value = self.leaf(tree)
+        for node in reversed(chain):
+            value = self.combine(node, value, self.resolve(node.right))
+        return value
+
+    def combine(self, node: Binary, left: Slices, right: Slices) -> Slices:
+        if node.op == "|":
+            return (*left, *subtract_all(right, left))
+        if node.op == "&":
+            both = intersect_all(left, right)
+            if not both:
+                raise self.error("the two sides of this '&' have nothing in common", node.column)
+            return both
+        if not intersect_all(left, right):
+            raise self.error("this '-' removes nothing: its two sides have nothing in common", node.column)
+        return subtract_all(left, right)
 
     def leaf(self, path: Path) -> Slices:
         group = self.group_of(path)
         segments = path.segments[:-1] if group else path.segments
         self.check_names(segments)
         self.check_indices(segments)
-        self.check_every_name_matches(path, segments)
-        found = [c for c in self.anatomy.components if self.fits(c, segments)]
-        pairs = [(c, s) for c in found for s in c.slices if group is None or group(self.anatomy, c, s)]
+        self.check_every_choice(path, segments, group)
+        pairs = self.matched(segments, group)
         slices = tuple(s for _, s in pairs if self.anatomy.learnable(s))
         if not slices:
             what = "holds only buffers, and buffers never learn" if pairs else "matches no part of this model"
@@ -193,13 +198,23 @@ class _Resolver:
                 text=path.text,
                 n_components=len(owners),
                 n_tensors=len({s.tensor for s in slices}),
-                n_elements=sum(s.n_elements for s in slices),
+                n_elements=self.n_stored(slices),
                 layers=_layers(self.anatomy.component[name] for name in owners),
             )
         )
         return slices
 
-    def group_of(self, path: Path) -> Callable[[Anatomy, Component, Slice], bool] | None:
+    def matched(self, segments: tuple[PathSegment, ...], group: Group | None) -> list[tuple[Component, Slice]]:
+        """The components that fit, with their slices that are in the group."""
+        found = [c for c in self.anatomy.components if self.fits(c, segments)]
+        return [(c, s) for c in found for s in c.slices if group is None or group(self.anatomy, c, s)]
+
+    def n_stored(self, slices: Slices) -> int:
+        """Elements of slices, tied storage counted once."""
+        stored = {(self.anatomy.storage_name(s.tensor), s.index): s.n_elements for s in slices}
+        return sum(stored.values())
+
+    def group_of(self, path: Path) -> Group | None:
         """The group that a path's last step names, unless a part of this model has that name."""
         last = path.segments[-1]
         if len(last.names) != 1 or last.names[0] in self.parts or last.names[0] not in GROUPS:
@@ -250,23 +265,34 @@ class _Resolver:
         n = self.counts.get((path[:at], name))
         return n is not None and any(in_range(i, n) and index in chosen(i, n) for i in segment.items)
 
-    def check_every_name_matches(self, path: Path, segments: tuple[PathSegment, ...]) -> None:
-        """Every name, those in braces one by one, must lead somewhere."""
-        components = self.anatomy.components
+    def check_every_choice(self, path: Path, segments: tuple[PathSegment, ...], group: Group | None) -> None:
+        """Every name in braces, and every index where it stands, must lead somewhere by itself."""
         for k, segment in enumerate(segments):
             for name, column in zip(segment.names, segment.columns, strict=True):
-                alone = PathSegment((name,), (column,), segment.items)
-                narrowed = (*segments[:k], alone, *segments[k + 1 :])
-                if any(self.fits(c, narrowed) for c in components):
-                    continue
-                if any(self.fits(c, (*segments[:k], alone)) for c in components):
-                    continue  # a later name is to blame, and is reported when its turn comes
-                inside = self.names_after(segments[:k])
-                hint = did_you_mean(name, inside) or (f" It has: {', '.join(inside)}." if inside else "")
-                before = ".".join("|".join(s.names) for s in segments[:k])
-                raise self.error(f"'{before}' has no part '{name}' directly inside.{hint}", column)
-        if not any(self.fits(c, segments) for c in components):
+                self.check_name(path, k, PathSegment((name,), (column,), segment.items), group)
+            for item in segment.items or ():
+                alone = PathSegment(segment.names, segment.columns, (item,))
+                if not self.matched((*segments[:k], alone), None):
+                    place = ".".join(map(_text, segments[:k]))
+                    raise self.error(f"{segment.names[0]}[{item.text}] is out of range in {place}", item.column)
+        if not self.matched(segments, group):
             raise self.error(f"'{path.text}' matches no part of this model", path.column)
+
+    def check_name(self, path: Path, k: int, alone: PathSegment, group: Group | None) -> None:
+        """One name of step `k`: after what stands before it, and, among several in braces, with what follows."""
+        segments = path.segments[:-1] if group else path.segments
+        (name,), (column,) = alone.names, alone.columns
+        before = ".".join("|".join(s.names) for s in segments[:k])
+        if not self.matched((*segments[:k], PathSegment(alone.names, alone.columns, None)), None):
+            inside = self.names_after(segments[:k])
+            hint = did_you_mean(name, inside) or (f" It has: {', '.join(inside)}." if inside else "")
+            raise self.error(f"'{before}' has no part '{name}' directly inside.{hint}", column)
+        if len(segments[k].names) == 1 or self.matched((*segments[:k], alone, *segments[k + 1 :]), group):
+            return  # what follows a single name is reported when its turn comes
+        if alone.items and not self.matched((*segments[:k], alone), None):
+            raise self.error(f"'{name}' cannot take this index", column)
+        follows = ".".join(map(_text, path.segments[k + 1 :]))
+        raise self.error(f"'{name}' has nothing that fits '{follows}'", column)
 
     def names_after(self, segments: tuple[PathSegment, ...]) -> list[str]:
         """The names that stand directly after `segments` in some component's name."""
@@ -301,6 +327,11 @@ class _Resolver:
             f"  or `ties: untie` to give each weights of its own first.",
             column,
         )
+
+
+def _text(segment: PathSegment) -> str:
+    names = segment.names[0] if len(segment.names) == 1 else "{" + ",".join(segment.names) + "}"
+    return names + (f"[{','.join(i.text for i in segment.items)}]" if segment.items else "")
 
 
 def in_range(item: Item, n: int) -> bool:
