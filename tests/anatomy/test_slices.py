@@ -30,7 +30,7 @@ from frostline.anatomy import (
 )
 from frostline.anatomy.slices import compress
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(deadline=None, max_examples=30)
 
 SHAPES = {"scalar": (), "vector": (9,), "matrix": (5, 6), "packed": (3, 4, 5)}
 """Tensor → shape."""

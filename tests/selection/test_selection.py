@@ -575,4 +575,4 @@ def test_an_expression_beyond_the_limits_is_refused(text):
 
 @pytest.mark.parametrize("term", ["q | ", "all & ", "all - "])
 def test_a_row_of_thousands_of_terms_is_selected_or_refused(term):
-    outcome("llama", term * 2000 + "q")
+    outcome("llama", term * 1100 + "q")

@@ -8,9 +8,10 @@ from a model is `read.py`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from frostline.anatomy.slices import Slice, slice_from_json, slice_to_json, subtract_all, whole
@@ -134,6 +135,7 @@ class Anatomy:
         return sum(s.n_elements for s in own)
 
 
+@lru_cache(maxsize=200_000)
 def parse_path(name: str) -> tuple[Segment, ...]:
     """`layers[3].attn.q` → `(("layers", 3), ("attn", None), ("q", None))`."""
     segments: list[Segment] = []
@@ -154,8 +156,8 @@ def check_partition(components: tuple[Component, ...], tensors: tuple[TensorInfo
             if s.tensor not in shapes:
                 raise AnatomyError(f"component {c.name} names a tensor the model does not have: {s.tensor}")
             held[s.tensor].append(s)
-    names = [c.name for c in components]
-    problems = [f"two components are named {n}" for n in dict.fromkeys(names) if names.count(n) > 1]
+    names = Counter(c.name for c in components)
+    problems = [f"two components are named {n}" for n, count in names.items() if count > 1]
     for name, shape in shapes.items():
         slices = held[name]
         if any(len(s.index) != len(shape) for s in slices):

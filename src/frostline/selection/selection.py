@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -149,6 +149,8 @@ class _Resolver:
         own = (c for c in anatomy.components if not c.is_other)
         self.learnable = tuple(s for c in own for s in c.slices if anatomy.learnable(s))
         self.counts = _counts(anatomy)
+        self.fits_found: dict[str, list[Component]] = {}
+        self.name_found: dict[frozenset[str], Sequence[Component]] = {}
 
     def order(self, piece: Slice) -> tuple[int, tuple[int, ...]]:
         return self.position[piece.tensor], tuple(ranges[0].start for ranges in piece.index)
@@ -206,8 +208,23 @@ class _Resolver:
 
     def matched(self, segments: tuple[PathSegment, ...], group: Group | None) -> list[tuple[Component, Slice]]:
         """The components that fit, with their slices that are in the group."""
-        found = [c for c in self.anatomy.components if self.fits(c, segments)]
+        found = self.fitting(segments)
         return [(c, s) for c in found for s in c.slices if group is None or group(self.anatomy, c, s)]
+
+    def fitting(self, segments: tuple[PathSegment, ...]) -> list[Component]:
+        """The components that fit; remembered, because every check of a leaf asks again."""
+        text = ".".join(map(_text, segments))
+        if text not in self.fits_found:
+            candidates = self.by_names(frozenset(segments[-1].names)) if segments else self.anatomy.components
+            self.fits_found[text] = [c for c in candidates if self.fits(c, segments)]
+        return self.fits_found[text]
+
+    def by_names(self, names: frozenset[str]) -> Sequence[Component]:
+        """The components of whose path one of `names` is a step."""
+        if names not in self.name_found:
+            found = [c for c in self.anatomy.components if any(name in names for name, _ in c.path)]
+            self.name_found[names] = found
+        return self.name_found[names]
 
     def n_stored(self, slices: Slices) -> int:
         """Elements of slices, tied storage counted once."""
