@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import all_types
 import pytest
 import tiny
 import torch
@@ -36,6 +37,15 @@ def test_every_claim_holds_and_has_numbers(architecture: str) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "the weights must be put back"
     json.dumps(claims_to_json(claims))
     assert claims_markdown(claims).count("\n") == len(claims.claims) + 1
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "mpt", "gemma2", "opt", "deepseek_v3", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore")
+def test_every_claim_holds_on_other_families_too(model_type: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(3, 128, (4, 25))
+    data = Batch(input_ids=ids[:, :-1], labels=ids[:, 1:])
+    assert not broken(measure_claims(all_types.small_model(model_type).eval(), data, name=model_type))
 
 
 def test_detached_attention_is_biased_below_the_last_layer_and_exact_in_it() -> None:

@@ -530,9 +530,24 @@ plain = st.recursive(
 
 
 @given(plain)
+@example("é" * 60 + " b")
 @quick
 def test_plain_values_read_back_equal_from_the_yaml_they_are_written_as(values):
     assert parse_yaml(dump_yaml(values), where="here").values == values
+
+
+LONG_PATHS = (
+    "/home/jose/proyectos/corpus en español/año 2024/canción de otoño/lección número ñ.txt",
+    "/home/анна/проекты/языковые модели/учебные тексты/сказки",
+    "/データ/言語モデル/訓練用テキスト/物語集 第一巻/すべて.txt",
+    "/home/x/" + "é" * 60 + " b",
+)
+"""Texts that need quotes and are longer than a line, with a space inside."""
+
+
+@pytest.mark.parametrize("path", LONG_PATHS)
+def test_a_long_path_in_any_script_reads_back_without_a_space_more(path):
+    assert parse_yaml(dump_yaml({"data": {"train": [path]}}), where="here").values == {"data": {"train": [path]}}
 
 
 def test_the_next_line_character_reads_back_too():
@@ -554,6 +569,7 @@ stage_settings = st.fixed_dictionaries(
 )
 
 
+@example([{"learn": "é" * 60 + " b", "steps": 1, "lr": 1.0}], 0, {})
 @given(
     st.lists(stage_settings, min_size=1, max_size=3),
     st.integers(0, 2**63 - 1),

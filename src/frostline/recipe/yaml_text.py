@@ -62,6 +62,7 @@ def dump_yaml(values: Any) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the order of the record
     stream = StringIO()
     yaml.allow_unicode = False  # some characters, such as U+0085, would be read back as line ends
+    yaml.width = 2**31  # a folded text in quotes is not always read back as it was
     yaml.dump(values, stream)
     return stream.getvalue()
 
