@@ -39,8 +39,8 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
             if Path(source).is_file():
                 return _config_of_file(Path(source))
             return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load("configuration", source, error) from None
+    except Exception as error:  # configuration classes raise whatever their checks raise
+        raise _cannot_load("configuration", source, error) from error
 
 
 def load_skeleton(source: Source, *, trust_remote_code: bool = False) -> nn.Module:
@@ -49,8 +49,8 @@ def load_skeleton(source: Source, *, trust_remote_code: bool = False) -> nn.Modu
     try:
         with quiet_transformers(), torch.device("meta"):
             return _module(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise _cannot_load("causal language model", source, error) from None
+    except Exception as error:  # constructors raise whatever their checks raise
+        raise _cannot_load("causal language model", source, error) from error
 
 
 def load_model(source: Source, *, seed: int = 0, trust_remote_code: bool = False) -> nn.Module:
@@ -71,8 +71,8 @@ def load_model(source: Source, *, seed: int = 0, trust_remote_code: bool = False
                     output_loading_info=True,
                 )
                 _check_complete(source, info)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _cannot_load("model", source, error) from None
+    except Exception as error:  # constructors and loaders raise whatever their checks raise
+        raise _cannot_load("model", source, error) from error
     return _module(model)
 
 
@@ -82,7 +82,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raise whatever their files make them raise
         raise ModelError(
             f"no tokenizer can be loaded from {source} ({_first_line(error)}).\n"
             "  Name one in the recipe (`tokenizer: FOLDER`), or train one (`tokenizer: {train: byte-bpe}`)."
@@ -227,7 +227,9 @@ def _cannot_load(what: str, source: Source, error: Exception) -> ModelError:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and line
+    return line if plain else f"{type(error).__name__}: {line}".rstrip(": ")
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from frostline.anatomy import prove, prove_model, read_anatomy
-from frostline.errors import AnatomyError
+from frostline.anatomy import anatomy_of_parts, prove, prove_model, read_anatomy
+from frostline.errors import AnatomyError, SelectionError
 from frostline.selection import select
 
 
@@ -189,3 +189,46 @@ def test_proving_leaves_no_hooks_behind() -> None:
     model = Tower(OddConfig())
     prove_model(model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Adapter(nn.Module):
+    """A linear layer with low-rank matrices beside it, laid out as PEFT does."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+
+
+def test_adapters_are_parts_of_their_own_and_not_of_what_they_adapt() -> None:
+    model = Tower(OddConfig())
+    for storey in model.storeys:
+        storey.spin.q_proj = Adapter(storey.spin.q_proj)
+    anatomy = read_anatomy(model)
+    assert {s.tensor.split(".")[-3] for s in select(anatomy, "adapter").slices} == {"lora_A", "lora_B"}
+    assert {s.tensor for s in select(anatomy, "layers[0].attn.q").slices} == {
+        "storeys.0.spin.q_proj.base_layer.weight",
+        "storeys.0.spin.q_proj.base_layer.bias",
+    }
+    assert anatomy.n_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_quantised_weights_are_frozen_only_and_selecting_them_says_why() -> None:
+    model = Tower(OddConfig())
+    for storey in model.storeys:
+        codes = torch.randint(-8, 8, storey.peak.fc1.weight.shape, dtype=torch.int8)
+        storey.peak.fc1.weight = nn.Parameter(codes, requires_grad=False)
+    anatomy = read_anatomy(model)
+    assert not any(s.tensor.endswith("fc1.weight") for s in select(anatomy, "all").slices)
+    with pytest.raises(SelectionError, match=r"quantised weights \(int8\)"):
+        select(anatomy_of_parts(model.storeys[0].peak, {"codes": ["fc1.weight"], "rest": ["fc1.bias", "fc2"]}), "codes")
+
+
+def test_parameters_that_share_storage_without_being_one_object_are_tied() -> None:
+    model = Tower(OddConfig())
+    model.lm_head.weight = nn.Parameter(model.sockets.weight.detach())
+    anatomy = read_anatomy(model)
+    assert anatomy.tied_components == (("head", "embed"),)
+    with pytest.raises(SelectionError, match="tied"):
+        select(anatomy, "head")

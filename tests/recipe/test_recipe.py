@@ -131,7 +131,7 @@ def test_text_that_is_not_utf_8_is_refused_with_the_offset(tmp_path):
     [
         ("model: [1,\ndata: }\n", "recipe.yaml:2:7: not valid YAML"),
         ("model: a\n\tdata: b\n", "recipe.yaml:2:"),
-        ("model: *nowhere\n", "recipe.yaml:1:8: not valid YAML: found undefined alias"),
+        ("model: *nowhere\n", "recipe.yaml:1:8: a recipe has no aliases"),
         (GOOD + "seed: 1\nseed: 2\n", 'recipe.yaml:15:1: not valid YAML: found duplicate key "seed"'),
         (
             changed("  batch: 8", "  batch: 8\n  batch: 9"),
@@ -676,3 +676,9 @@ def test_not_a_number_is_never_a_setting():
     for field in ("lr", "clip"):
         with pytest.raises(RecipeError, match="found nan"):
             recipe_from_dict(minimal(stages=[{"learn": "all", "steps": 4, "lr": 1e-4, field: math.nan}]))
+
+
+def test_aliases_and_other_versions_of_yaml_are_refused(tmp_path):
+    assert "aliases" in refused(tmp_path, GOOD + "seed: &s 3\neval: {every: *s}\n")
+    assert "YAML 1.2, not 1.1" in refused(tmp_path, "%YAML 1.1\n---\n" + GOOD)
+    assert load(tmp_path, "%YAML 1.2\n---\n" + GOOD).stages[0].lr == 1e-4

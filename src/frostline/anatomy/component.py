@@ -40,6 +40,11 @@ class TensorInfo:
         """Number of elements."""
         return whole(self.name, self.shape).n_elements
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it holds codes instead of numbers that a gradient could move."""
+        return not self.dtype.startswith(("float", "bfloat", "complex")) or self.dtype.startswith("float8")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Component:
@@ -118,8 +123,9 @@ class Anatomy:
         return len({c.path[0] for c in self.components if c.path[0][0] == "layers"})
 
     def learnable(self, piece: Slice) -> bool:
-        """Whether the slice lies in a parameter (buffers are always frozen)."""
-        return self.tensor[piece.tensor].kind == "parameter"
+        """Whether the slice lies in a parameter of real numbers: buffers and quantised weights never learn."""
+        info = self.tensor[piece.tensor]
+        return info.kind == "parameter" and not info.is_quantised
 
     def storage_name(self, tensor: str) -> str:
         """The name that owns the storage of `tensor`."""

@@ -95,6 +95,9 @@ RESERVED: dict[str, str] = {
 MASKS = ("bias", "masked_bias", "causal_mask", "mask")
 """Buffers with these names hold a causal mask."""
 
+ADAPTERS = re.compile(r"\.(lora_\w+|ia3_\w+|adapter_\w+|modules_to_save|prompt_encoder|trainable_tokens_\w+)\.")
+"""Tensors that PEFT puts beside the base weights."""
+
 RESIDUAL_ATTRIBUTES = re.compile(
     r"^(altup|hc_|hyper_connection|per_layer|embed_tokens_per_layer|final_input|input_hidden_states|normalizer|embed_scale)"
 )

@@ -8,8 +8,10 @@ it. Read `read_anatomy` first; `blocks.py` reads one block. Loads nothing and ru
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -56,6 +58,8 @@ def anatomy_of_parts(module: nn.Module, parts: Mapping[str, Sequence[str]]) -> A
             if not inside:
                 raise AnatomyError(f"component {name}: the module has no '{member}'")
             slices += [whole(t.name, t.shape) for t in inside]
+        if not slices:
+            raise AnatomyError(f"component {name} names no tensor or module")
         components.append(Component(name=name, slices=tuple(slices)))
     return Anatomy(model_type=type(module).__name__, components=tuple(components), tensors=tensors)
 
@@ -63,14 +67,14 @@ def anatomy_of_parts(module: nn.Module, parts: Mapping[str, Sequence[str]]) -> A
 def list_tensors(module: nn.Module) -> tuple[TensorInfo, ...]:
     """Every name of a parameter or buffer, tied names included, with the name that owns the storage."""
     persistent = set(module.state_dict(keep_vars=True))
-    first: dict[int, str] = {}
+    first: dict[object, str] = {}
     out = []
     for kind, items in (
         ("parameter", module.named_parameters(remove_duplicate=False)),
         ("buffer", module.named_buffers(remove_duplicate=False)),
     ):
         for name, tensor in items:
-            source = first.setdefault(id(tensor), name)
+            source = first.setdefault(_storage_key(tensor), name)
             out.append(
                 TensorInfo(
                     name=name,
@@ -82,6 +86,13 @@ def list_tensors(module: nn.Module) -> tuple[TensorInfo, ...]:
                 )
             )
     return tuple(out)
+
+
+def _storage_key(tensor: torch.Tensor) -> object:
+    """Equal for tensors that are the same elements of one storage; the object itself where there is no storage."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -106,9 +117,19 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name_of[id(b)], b) for b in largest]
 
 
+def _apart_from_adapters(name: str, slices: tuple[Slice, ...]) -> Iterator[Named]:
+    """A part's own tensors, and those of an adapter on it as a part of its own: `layers[3].adapter.attn_q`."""
+    adapters = tuple(s for s in slices if families.ADAPTERS.search(f".{s.tensor}."))
+    yield name, tuple(s for s in slices if s not in adapters)
+    if adapters:
+        first, *rest = name.split(".")
+        at, inside = (f"{first}.", rest) if first.startswith("layers[") else ("", [first, *rest])
+        yield f"{at}adapter.{'_'.join(re.sub(r'[^a-z_0-9]+', '_', step).strip('_') for step in inside)}", adapters
+
+
 def _joined(named: Sequence[Named]) -> tuple[Component, ...]:
     slices: dict[str, dict[Slice, None]] = {}
-    for name, found in named:
+    for name, found in (part for given in named for part in _apart_from_adapters(*given)):
         if found:  # some norms have no parameters
             slices.setdefault(name, {}).update(dict.fromkeys(found))
     return tuple(Component(name=n, slices=tuple(found)) for n, found in slices.items())

@@ -36,7 +36,8 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     if not path.exists():
         raise DataError(f"no text at {path}: there is no such file or folder")
-    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    named = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+    files = [f for f in named if f.is_file() or f.is_symlink()]  # a broken link is an error when it is read
     if not files:
         raise DataError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
     return files
@@ -44,7 +45,7 @@ def _files_of(path: Path) -> list[Path]:
 
 def _documents_of(file: Path) -> Iterator[Document]:
     text = _read_utf8(file)
-    if file.suffix == ".jsonl":
+    if file.suffix.lower() == ".jsonl":
         yield from _json_lines(text, file)
     elif text.strip():
         yield Document(text, str(file))
@@ -72,7 +73,9 @@ def _json_lines(text: str, file: Path) -> Iterator[Document]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not valid JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            found = f"keys {', '.join(map(repr, row))}" if isinstance(row, dict) else type(row).__name__
+            found = type(row).__name__ if not isinstance(row, dict) else "keys " + (", ".join(map(repr, row)) or "none")
+            if isinstance(row, dict) and "text" in row:
+                found = f"{type(row['text']).__name__} under 'text'"
             raise DataError(f"{where}: expected an object with a string under 'text', found {found}")
         if any("\ud800" <= c <= "\udfff" for c in row["text"]):
             raise DataError(f"{where}: 'text' holds half of a surrogate pair, which is no character")

@@ -1,7 +1,8 @@
 """Documents → one stream of tokens → rows of fixed length; and a tokenizer trained on documents.
 
 Rows are cut from the stream without gaps. A row has `length` inputs and `length` targets, the targets one token
-ahead, so that every token but the first of the stream is a target exactly once. Read `Rows` first.
+ahead, so that every token of the rows but the first is a target exactly once; tokens at the end that do not fill a row
+are left over. Read `Rows` first.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, DocumentStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from frostline.errors import RecipeError
@@ -39,6 +40,7 @@ def parse_yaml(text: str, *, where: str) -> YamlDocument:
     """Parse one YAML 1.2 document. `where` names the file in errors. Raises `RecipeError` with line and column."""
     yaml = YAML(typ="safe", pure=True)
     lines: dict[KeyPath, int] = {}
+    _refuse_directives_and_aliases(text, where)
     try:
         values = yaml.load(text)
         root = YAML(typ="safe", pure=True).compose(text)
@@ -55,10 +57,24 @@ def parse_yaml(text: str, *, where: str) -> YamlDocument:
     return YamlDocument(values=values, lines=lines)
 
 
+def _refuse_directives_and_aliases(text: str, where: str) -> None:
+    """A recipe has no use for `%YAML 1.1` (other numbers) or aliases (a few lines of which can mean gigabytes)."""
+    try:
+        for event in YAML(typ="safe", pure=True).parse(text):
+            place = f"{where}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+            if isinstance(event, AliasEvent):
+                raise RecipeError(f"{place}: a recipe has no aliases (*{event.anchor}); write the value out")
+            if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
+                raise RecipeError(f"{place}: a recipe is YAML 1.2, not {'.'.join(map(str, event.version))}")
+    except (YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # reported by the reader itself
+
+
 def dump_yaml(values: Any) -> str:
     """Plain values as YAML text that `parse_yaml` reads back equal."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
+    yaml.representer.ignore_aliases = lambda _: True
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the order of the record
     stream = StringIO()
     yaml.allow_unicode = False  # some characters, such as U+0085, would be read back as line ends

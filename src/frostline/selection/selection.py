@@ -192,8 +192,7 @@ class _Resolver:
         pairs = self.matched(segments, group)
         slices = tuple(s for _, s in pairs if self.anatomy.learnable(s))
         if not slices:
-            what = "holds only buffers, and buffers never learn" if pairs else "matches no part of this model"
-            raise self.error(f"'{path.text}' {what}", path.column)
+            raise self.error(f"'{path.text}' {self.why_nothing_learns([s for _, s in pairs])}", path.column)
         owners = dict.fromkeys(c.name for c, s in pairs if self.anatomy.learnable(s))
         self.matches.append(
             Match(
@@ -205,6 +204,15 @@ class _Resolver:
             )
         )
         return slices
+
+    def why_nothing_learns(self, slices: list[Slice]) -> str:
+        """Why a leaf that matched these slices leaves nothing to learn."""
+        if any(self.anatomy.tensor[s.tensor].is_quantised for s in slices if s.tensor not in self.anatomy.ties):
+            parameters = [s for s in slices if self.anatomy.tensor[s.tensor].kind == "parameter"]
+            if parameters:
+                dtype = self.anatomy.tensor[parameters[0].tensor].dtype
+                return f"holds quantised weights ({dtype}), which cannot learn: train an adapter, or load unquantised"
+        return "holds only buffers, and buffers never learn" if slices else "matches no part of this model"
 
     def matched(self, segments: tuple[PathSegment, ...], group: Group | None) -> list[tuple[Component, Slice]]:
         """The components that fit, with their slices that are in the group."""
@@ -290,7 +298,7 @@ class _Resolver:
             for item in segment.items or ():
                 alone = PathSegment(segment.names, segment.columns, (item,))
                 if not self.matched((*segments[:k], alone), None):
-                    place = ".".join(map(_text, segments[:k]))
+                    place = ".".join(map(_text, segments[:k])) or "this model"
                     raise self.error(f"{segment.names[0]}[{item.text}] is out of range in {place}", item.column)
         if not self.matched(segments, group):
             raise self.error(f"'{path.text}' matches no part of this model", path.column)
@@ -303,6 +311,8 @@ class _Resolver:
         if not self.matched((*segments[:k], PathSegment(alone.names, alone.columns, None)), None):
             inside = self.names_after(segments[:k])
             hint = did_you_mean(name, inside) or (f" It has: {', '.join(inside)}." if inside else "")
+            if not before:
+                raise self.error(f"'{name}' matches nothing that could learn", column)
             raise self.error(f"'{before}' has no part '{name}' directly inside.{hint}", column)
         if len(segments[k].names) == 1 or self.matched((*segments[:k], alone, *segments[k + 1 :]), group):
             return  # what follows a single name is reported when its turn comes
