@@ -198,6 +198,8 @@ def _check_exists(source: str) -> None:
 
 def _check_safetensors(source: str) -> None:
     folder = Path(source)
+    if (folder / "model.safetensors.index.json").exists():
+        shard_names(folder / "model.safetensors.index.json")
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
         if pickles:
@@ -233,28 +235,60 @@ def _first_line(error: Exception) -> str:
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name → the file that holds it."""
+    """Tensor name → the file that holds it: `model.safetensors` before an index, as transformers reads a folder.
+
+    Raises `ModelError` for a shard outside the folder, a tensor in two files, and a file that cannot be read.
+    """
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if path.is_file():
         files = [path]
+    elif single.exists():
+        files = [single]
+    elif index.exists():
+        files = sorted({path / name for name in shard_names(index)})
     else:
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            by_name = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: path / file for name, file in by_name.items()}
         files = sorted(path.glob("*.safetensors"))
-    if not files or not path.exists():
+    if not files:
         raise ModelError(f"{path} holds no weights (*.safetensors)")
     out: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                out.update(dict.fromkeys(opened.keys(), file))
+                names = list(opened.keys())
         except Exception as error:  # safetensors raises its own type for a broken header
             raise ModelError(f"{file} is no readable safetensors file: {_first_line(error)}") from None
+        for name in names:
+            if name in out:
+                raise ModelError(f"{path}: tensor {name} is in two files, {out[name].name} and {file.name}")
+            out[name] = file
     return out
 
 
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, all of them beside it. Raises `ModelError`."""
+    try:
+        by_name = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = list(dict.fromkeys(by_name.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} is no readable index of shards: {_first_line(error)}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{index} names a shard outside its folder: {name}")
+    return names
+
+
 def _converted_state(folder: Path) -> dict[str, torch.Tensor]:
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder} has no config.json, so its tensors cannot be brought under the model's names")
+    try:
+        return _loaded_state(folder)
+    except Exception as error:  # loaders raise whatever the files make them raise
+        raise _cannot_load("model", str(folder), error) from error
+
+
+def _loaded_state(folder: Path) -> dict[str, torch.Tensor]:
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     return dict(model.state_dict())

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from frostline.anatomy import Anatomy, Slice, read_anatomy, take, whole
 from frostline.audit.movement import Movement, measure, total
 from frostline.errors import AnatomyError, ModelError
@@ -55,26 +57,24 @@ def diff_checkpoints(before: str | Path, after: str | Path) -> Diff:
     """
     old_path, new_path = _weights_path(before), _weights_path(after)
     anatomy = _anatomy_of(old_path)
-    names = {t.name for t in anatomy.tensors if t.persistent and t.alias_of is None} if anatomy else None
-    old = Weights(old_path, names=names)
-    new = Weights(new_path, names=names if (new_path / "config.json").exists() else None)
-    aliases = set(anatomy.ties) if anatomy else set()
-    common = [n for n in old if n in new and n not in aliases]
-    shapes = {n: (tuple(old[n].shape), tuple(new[n].shape)) for n in common}
-    reshaped = [n for n in common if shapes[n][0] != shapes[n][1]]
+    old, new = _Side(old_path, anatomy), _Side(new_path, _anatomy_of(new_path))
+    common = [n for n in old.names if n in new.names]
     parts = _parts(anatomy)
     found: dict[str, list[Movement]] = {}
+    reshaped = []
     for name in common:
-        if name not in reshaped:
-            a, b = old[name], new[name]
-            for component, piece in parts.get(name) or [(name, whole(name, a.shape))]:
-                found.setdefault(component, []).append(measure(take(a, piece), take(b, piece)))
+        a, b = old[name], new[name]
+        if a.shape != b.shape:
+            reshaped.append(name)
+            continue
+        for component, piece in parts.get(name) or [(name, whole(name, a.shape))]:
+            found.setdefault(component, []).append(measure(take(a, piece), take(b, piece)))
     return Diff(
         before=str(before),
         after=str(after),
         rows=tuple(_row(c, total(m)) for c, m in _in_order(anatomy, found)),
-        only_before=tuple(n for n in old if n not in new and n not in aliases),
-        only_after=tuple(n for n in new if n not in old and n not in aliases),
+        only_before=tuple(n for n in old.names if n not in new.names),
+        only_after=tuple(n for n in new.names if n not in old.names),
         reshaped=tuple(reshaped),
     )
 
@@ -85,6 +85,19 @@ def diff_to_json(diff: Diff) -> dict[str, Any]:
     for row in data["rows"]:
         row["relative_change"] = row["relative_change"] if row["relative_change"] != float("inf") else None
     return {"equal": diff.equal, **json.loads(json.dumps(data))}
+
+
+class _Side:
+    """One checkpoint's tensors by the model's own names; a tied name reads the tensor that owns the storage."""
+
+    def __init__(self, path: Path, anatomy: Anatomy | None) -> None:
+        stored = {t.name for t in anatomy.tensors if t.persistent and t.alias_of is None} if anatomy else None
+        self.weights = Weights(path, names=stored)
+        self.ties = {a: s for a, s in anatomy.ties.items() if s in self.weights} if anatomy else {}
+        self.names = list(dict.fromkeys([*self.weights, *self.ties]))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.weights[name] if name in self.weights else self.weights[self.ties[name]]
 
 
 def _weights_path(path: str | Path) -> Path:
