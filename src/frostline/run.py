@@ -22,11 +22,11 @@ from frostline.anatomy import Anatomy, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.data import Batch, Document, Rows, encode, read_documents, rows_at, train_byte_bpe
 from frostline.engine import LoopSettings, Observer, next_token_loss, train_loop
-from frostline.environment import describe_environment
-from frostline.errors import DataError, FrostlineError, NonFiniteError, RecipeError, SelectionError
+from frostline.environment import describe_environment, hash_file
+from frostline.errors import DataError, FrostlineError, ModelError, NonFiniteError, RecipeError, SelectionError
 from frostline.model import load_config, load_model, load_skeleton, load_tokenizer, save_model, untie
 from frostline.recipe import Recipe, ScratchModel, TrainedTokenizer, dump_yaml, load_recipe, stage_name
-from frostline.run_folder import RunFolder, State, write_text
+from frostline.run_folder import RunFolder, State, storage_errors, write_text
 from frostline.schedule import Schedule, Stage
 from frostline.selection import Selection, select
 
@@ -71,13 +71,14 @@ def train(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     prepared = prepare(recipe, trust_remote_code=trust_remote_code)
-    model = load_weights(prepared, trust_remote_code=trust_remote_code)
-    folder = start_folder(prepared, out)
     device = choose_device(recipe)
+    model = load_weights(prepared, trust_remote_code=trust_remote_code)
     model.to(device)
+    check_it_runs(model, prepared, device)
+    folder = start_folder(prepared, out)
     steps = 0
-    try:
-        with stop_on_signal() as stop:
+    with stop_on_signal() as stop:
+        try:
             steps = train_loop(
                 model,
                 prepared.anatomy,
@@ -90,14 +91,35 @@ def train(
                 observers=observers,
                 stop=stop,
             )
-    except NonFiniteError as error:
-        save_model(model, prepared.tokenizer, folder.model)
-        folder.write_status("failed", step=folder.read_boundaries()[-1].step, message=str(error))
-        raise
-    save_model(model, prepared.tokenizer, folder.model)
-    state: State = "finished" if steps == prepared.schedule.n_steps else "interrupted"
-    folder.write_status(state, step=steps)
-    return RunResult(folder=folder.path, state=state, steps=steps, anatomy=prepared.anatomy, audit=audit(folder.path))
+        except NonFiniteError as error:
+            save_result(model, prepared.tokenizer, folder)
+            folder.write_status("failed", step=folder.read_boundaries()[-1].step, message=str(error))
+            raise
+        save_result(model, prepared.tokenizer, folder)
+        state: State = "finished" if steps == prepared.schedule.n_steps else "interrupted"
+        folder.write_status(state, step=steps)
+        verdict = audit(folder.path)
+    return RunResult(folder=folder.path, state=state, steps=steps, anatomy=prepared.anatomy, audit=verdict)
+
+
+def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) -> None:
+    """One forward pass on one row: a model that cannot run is found before anything is written. Raises `ModelError`."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            next_token_loss(model, prepared.train_rows.batch([0]).to(device))
+    except Exception as error:  # models raise anything when their configuration does not fit together
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"the model cannot run on a row of {prepared.recipe.data.length} tokens: {type(error).__name__}: {first}"
+        ) from error
+
+
+def save_result(model: nn.Module, tokenizer: Any, folder: RunFolder) -> None:
+    """Save the model and record the hash of each of its files. Raises `StorageError`."""
+    with storage_errors(folder.model):
+        save_model(model, tokenizer, folder.model)
+        folder.write_model_files({p.name: hash_file(p) for p in sorted(folder.model.glob("*")) if p.is_file()})
 
 
 def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:

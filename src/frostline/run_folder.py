@@ -11,6 +11,7 @@
       boundary-0.json …       SHA-256 of every piece at the start and after each stage
       entry-0.safetensors …   the values that a stage starts to train, as they were
       gradients.jsonl         gradient norm per learning piece at sampled steps
+      model-files.json        SHA-256 of every file of the saved model
     model/                    the trained model; plain transformers loads it
     claims.json, samples.json, report.html   when they were asked for
 
@@ -27,6 +28,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from safetensors import SafetensorError
 
 from frostline.anatomy import (
     Anatomy,
@@ -161,6 +164,16 @@ class RunFolder:
         """Every gradient sample, in order."""
         return [GradientSample(**row) for row in self.read_lines(self.gradients)]
 
+    def write_model_files(self, hashes: Mapping[str, str]) -> None:
+        """Write `evidence/model-files.json`: file name in `model/` → SHA-256."""
+        self.write_json("evidence/model-files.json", {"files": dict(hashes)})
+
+    def read_model_files(self) -> dict[str, str]:
+        """File name in `model/` → the SHA-256 it was saved with; empty when none was recorded."""
+        if not (self.evidence / "model-files.json").exists():
+            return {}
+        return dict(self.read_json("evidence/model-files.json")["files"])
+
     def read_status(self) -> dict[str, Any]:
         """`state`, `step`, `message`."""
         return self.read_json("status.json")
@@ -177,7 +190,7 @@ class RunFolder:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RunFolderError(f"{self.path} is incomplete: it has no {name}") from None
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{path} is not readable: {error}") from None
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise RunFolderError(f"{path} is not of schema {SCHEMA}, the one this version of Frostline reads")
@@ -193,8 +206,11 @@ class RunFolder:
         if not path.exists():
             return []
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("a line is no object")
+            return rows
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{path} is not readable: {error}") from None
 
 
@@ -222,3 +238,17 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    except SafetensorError as error:  # what safetensors makes of the system's errors
+        raise StorageError(f"cannot write {path}: {error}") from error
+
+
+@contextmanager
+def damaged_records(path: Path) -> Iterator[None]:
+    """Turn whatever damaged or hostile records of a run folder raise into a `RunFolderError` that names the folder."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RunFolderError(f"{path}: its records are damaged ({what})") from error
+    except SafetensorError as error:
+        raise RunFolderError(f"{path}: a weight file is damaged ({error})") from error

@@ -9,6 +9,7 @@ from frostline.anatomy.component import (
     anatomy_to_json,
     check_partition,
     parse_path,
+    reaches_outside,
 )
 from frostline.anatomy.modules import module_of
 from frostline.anatomy.prove import BlockProof, Proof, prove, prove_model
@@ -49,6 +50,7 @@ __all__ = [
     "prove",
     "prove_model",
     "put",
+    "reaches_outside",
     "read_anatomy",
     "refine",
     "slice_from_json",

@@ -153,6 +153,12 @@ def parse_path(name: str) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
+def reaches_outside(piece: Slice, shape: tuple[int, ...]) -> bool:
+    """Whether a slice names an index that the tensor does not have; looks at the ends of its ranges only."""
+    ranges = [(r, n) for dim, n in zip(piece.index, shape, strict=False) for r in dim]
+    return any(not r or min(r[0], r[-1]) < 0 or max(r[0], r[-1]) >= n for r, n in ranges)
+
+
 def check_partition(components: tuple[Component, ...], tensors: tuple[TensorInfo, ...]) -> None:
     """Raise `AnatomyError` unless every element of every tensor belongs to exactly one component."""
     shapes = {t.name: t.shape for t in tensors}
@@ -166,6 +172,9 @@ def check_partition(components: tuple[Component, ...], tensors: tuple[TensorInfo
     problems = [f"two components are named {n}" for n, count in names.items() if count > 1]
     for name, shape in shapes.items():
         slices = held[name]
+        if any(reaches_outside(s, shape) for s in slices):
+            problems.append(f"{name} {shape}: a slice of it reaches outside")
+            continue
         if any(len(s.index) != len(shape) for s in slices):
             problems.append(f"{name} {shape}: a slice of it has another number of dimensions")
             continue

@@ -11,10 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from frostline.anatomy import Anatomy, Slice, intersect, refine
+import torch
+
+from frostline.anatomy import Anatomy, Slice, intersect, reaches_outside, refine, subtract_all
 from frostline.audit.movement import Movement, measure, total
 from frostline.audit.states import States
-from frostline.run_folder import Boundary, RunFolder, StageRecord
+from frostline.environment import hash_file
+from frostline.errors import FrostlineError, RunFolderError
+from frostline.recipe import load_recipe, stage_name
+from frostline.run_folder import Boundary, RunFolder, StageRecord, damaged_records
+from frostline.selection import select
 
 NO_SIGNAL = 1e-6
 """A piece whose gradient's root mean square stays below this share of the stage's largest carries no signal: that
@@ -28,13 +34,15 @@ Verdict = Literal[
     "moved",
     "FROZEN BUT MOVED",
     "LEARNING BUT UNMOVED",
+    "lost to rounding",
     "no signal",
     "zero gradient",
     "no gradient",
     "derived",
     "not reached",
 ]
-"""`unchanged`, `moved`: as declared. `no signal`: its gradient is zero but for rounding.
+"""`unchanged`, `moved`: as declared. `lost to rounding`: no step could be large enough to
+reach the next number that the piece's dtype has. `no signal`: its gradient is zero but for rounding.
 `zero gradient`: exactly zero at every sampled step, as for an expert that no token is routed to. `no gradient`: the
 loss does not depend on it. `derived`: a buffer that the forward pass itself rewrites. `not reached`: the run stopped
 before."""
@@ -44,6 +52,7 @@ _WORST_FIRST: tuple[Verdict, ...] = (
     "FROZEN BUT MOVED",
     "LEARNING BUT UNMOVED",
     "moved",
+    "lost to rounding",
     "no signal",
     "zero gradient",
     "no gradient",
@@ -120,8 +129,14 @@ class _Finding:
 def audit(run: str | Path) -> Audit:
     """Audit a run folder from its files alone. Raises `RunFolderError` when it is no run folder or unreadable."""
     folder = RunFolder.open(run)
+    with damaged_records(folder.path):
+        return _audit(folder)
+
+
+def _audit(folder: RunFolder) -> Audit:
     anatomy, stages = folder.read_anatomy(), folder.read_schedule()
     boundaries = folder.read_boundaries()
+    check_records(anatomy, stages, boundaries)
     pieces = _pieces(anatomy, stages)
     states = States(folder, anatomy, pieces, n_stages=len(stages))
     gradients = _gradient_norms(folder, len(stages))
@@ -129,7 +144,7 @@ def audit(run: str | Path) -> Audit:
     for stage in stages:
         findings = _findings(anatomy, stage, pieces, boundaries, states, gradients[stage.index])
         rows += _rows(anatomy, stage, findings)
-    evidence = _evidence(folder, stages, boundaries, pieces, states, rows)
+    evidence = _evidence(folder, anatomy, stages, boundaries, pieces, states, rows)
     return Audit(
         run=str(folder.path),
         stages=tuple(s.name for s in stages),
@@ -177,7 +192,7 @@ def _findings(
             continue
         before, after = (boundaries[stage.index + k].hashes.get(name, "missing") for k in (0, 1))
         movement = _movement(name, before, after, states)
-        if piece.tensor in boundaries[0].derived:
+        if piece.tensor in boundaries[0].derived and not parameter:
             verdict: Verdict = "derived"
         elif not learns:
             verdict = "unchanged" if before == after != "missing" else "FROZEN BUT MOVED"
@@ -187,10 +202,51 @@ def _findings(
             verdict = "no signal"
         elif before != after:
             verdict = "moved"
+        elif norm is None and name in gradients:
+            verdict = "no gradient"
         else:
-            verdict = "no gradient" if norm is None and name in gradients else "LEARNING BUT UNMOVED"
+            lost = _too_small_to_show(states.value(name, before), stage)
+            verdict = "lost to rounding" if lost else "LEARNING BUT UNMOVED"
         findings.append(_Finding(name, piece, learns, parameter, verdict, movement, norm))
     return findings
+
+
+def _too_small_to_show(value: torch.Tensor | None, stage: StageRecord) -> bool:
+    """Whether no step of the stage can have reached the next number of any element's dtype.
+
+    Adam's step is at most lr · max(1, (1-β₁)/√(1-β₂)), and weight decay adds lr · decay · |w|. SGD has no such bound.
+    """
+    optimizer = stage.settings.get("optimizer", {})
+    if value is None or optimizer.get("name") not in ("adam", "adamw"):
+        return False
+    lr, decay = float(stage.settings["lr"]), float(optimizer.get("weight_decay", 0.0))
+    beta1, beta2 = optimizer.get("betas") or (0.9, 0.999)
+    size = value.float().abs()
+    half_gap = (torch.nextafter(size, torch.full_like(size, math.inf)) - size) / 4  # below a power of two it halves
+    return bool((lr * max(1.0, (1 - beta1) / math.sqrt(1 - beta2)) + lr * decay * size < half_gap).all())
+
+
+def check_records(anatomy: Anatomy, stages: list[StageRecord], boundaries: list[Boundary]) -> None:
+    """Raise `RunFolderError` unless schedule and boundaries belong together and to the anatomy."""
+    problems = []
+    end = 0
+    for i, stage in enumerate(stages):
+        if stage.index != i or stage.start != end or not isinstance(stage.end, int) or stage.end <= stage.start:
+            problems.append(f"stage {i} does not follow the one before it")
+        end = stage.end if isinstance(stage.end, int) else end
+        for piece in stage.learning:
+            info = anatomy.tensor.get(piece.tensor)
+            if info is None or reaches_outside(piece, info.shape):
+                problems.append(
+                    f"stage {stage.name} trains {piece.tensor}, or elements of it, that the model does not have"
+                )
+    names = [s.name for s in stages]
+    if not stages or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+        problems.append("stages must have names of their own")
+    if any(b.index != i for i, b in enumerate(boundaries)) or len(boundaries) > len(stages) + 1:
+        problems.append("boundaries are out of order")
+    if problems:
+        raise RunFolderError("the schedule is damaged: " + "; ".join(problems[:3]))
 
 
 def _rms(norm: float, piece: Slice) -> float:
@@ -246,6 +302,7 @@ def _row(component: str, stage: StageRecord, findings: list[_Finding]) -> Row:
 
 def _evidence(
     folder: RunFolder,
+    anatomy: Anatomy,
     stages: list[StageRecord],
     boundaries: list[Boundary],
     pieces: dict[str, Slice],
@@ -296,7 +353,67 @@ def _evidence(
             basis="recomputed",
         )
     )
+    checks += [_model_files(folder), _foreign_tensors(states), _recipe(folder, anatomy, stages), _finite(folder)]
     return checks
+
+
+def _check(claim: str, found: list[str], basis: Basis) -> Evidence:
+    """A claim that nothing of a kind is found."""
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    measured = ", ".join(found[:8]) + more or "none"
+    return Evidence(claim=claim, expected="none", measured=measured, passed=not found, basis=basis)
+
+
+def _model_files(folder: RunFolder) -> Evidence:
+    """Every file of the saved model is the one that was saved."""
+    recorded = folder.read_model_files()
+    there = {p.name: hash_file(p) for p in sorted(folder.model.glob("*")) if p.is_file()} if recorded else {}
+    wrong = sorted(n for n in {*recorded, *there} if recorded.get(n) != there.get(n))
+    if not recorded:
+        wrong = (
+            ["no file of it was recorded"]
+            if folder.model.exists() or (folder.path / "environment.json").exists()
+            else []
+        )
+    return _check("files of the saved model that are missing, new or changed", wrong, "recomputed")
+
+
+def _foreign_tensors(states: States) -> Evidence:
+    """The saved model holds nothing that the anatomy does not know, and its ties are whole."""
+    return _check("tensors of the saved model that the anatomy does not account for", states.foreign, "recomputed")
+
+
+def _recipe(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> Evidence:
+    """The recipe, read again, asks for exactly what the schedule says learns."""
+    claim = "stages that the recipe asks for otherwise than they were scheduled"
+    if not (folder.path / "environment.json").exists():  # a run of `train_loop` by itself has no recipe
+        return _check(claim, [], "recomputed")
+    try:
+        recipe = load_recipe(folder.recipe)
+    except FrostlineError as error:
+        return _check(claim, [str(error).splitlines()[0]], "recomputed")
+    wrong = []
+    if len(recipe.stages) != len(stages):
+        wrong.append(f"{len(recipe.stages)} stages instead of {len(stages)}")
+    for i, (spec, stage) in enumerate(zip(recipe.stages, stages, strict=False)):
+        try:
+            selection = select(anatomy, spec.learn, ties="together" if recipe.ties == "together" else "error")
+        except FrostlineError as error:
+            wrong.append(f"{stage.name}: {error.args[0].splitlines()[0]}")
+            continue
+        same = not subtract_all(selection.slices, stage.learning) and not subtract_all(stage.learning, selection.slices)
+        if not same or stage.end - stage.start != spec.steps or stage.name != stage_name(recipe, i):
+            wrong.append(f"{stage.name}: learn {spec.learn}, {spec.steps} steps")
+    return _check(claim, wrong, "recomputed")
+
+
+def _finite(folder: RunFolder) -> Evidence:
+    """No recorded gradient is NaN or infinite."""
+    samples = folder.read_gradients()
+    bad = [
+        f"{n} (step {g.step})" for g in samples for n, v in g.norms.items() if v is not None and not math.isfinite(v)
+    ]
+    return _check("recorded gradients that are not finite", bad, "recorded")
 
 
 def _mismatches(boundaries: list[Boundary], states: States, stages: list[StageRecord]) -> list[str]:
@@ -313,8 +430,9 @@ def audit_to_json(result: Audit) -> dict[str, Any]:
     """The audit as plain data; an infinite relative change is written as null."""
     rows = [asdict(r) for r in result.rows]
     for row in rows:
-        if row["relative_change"] is not None and not math.isfinite(row["relative_change"]):
-            row["relative_change"] = None
+        for key in ("relative_change", "gradient_norm"):
+            if row[key] is not None and not math.isfinite(row[key]):
+                row[key] = None
     return {
         "run": result.run,
         "passed": result.passed,

@@ -43,6 +43,21 @@ class States:
             for name, piece in pieces.items():
                 if piece.tensor in self._weights:
                     self._note(name, self._of_model(piece), "model", self.model_hashes)
+        self.foreign = self._foreign(anatomy)
+        """Tensors of the final model that no part accounts for, or tied ones that differ from what they are tied to."""
+
+    def _foreign(self, anatomy: Anatomy) -> list[str]:
+        if self._weights is None:
+            return []
+        out = []
+        for name in self._weights:
+            source = anatomy.ties.get(name)
+            if source is not None and source in self._weights:
+                if fingerprint(self._weights[name]) != fingerprint(self._weights[source]):
+                    out.append(f"{name} (differs from {source})")
+            elif name not in anatomy.tensor:
+                out.append(name)
+        return out
 
     def value(self, name: str, hashed: str) -> torch.Tensor | None:
         """The value of a piece with that hash; None when no file of the run holds it."""

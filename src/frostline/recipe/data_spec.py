@@ -32,7 +32,7 @@ class DataSpec(Record):
     """The share of the training tokens kept for the held-out loss (its end), or files of their own."""
     length: Annotated[int, Field(ge=2)] = 256
     """Tokens per row."""
-    batch: Annotated[int, Field(ge=1)] = 8
+    batch: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Rows per optimizer step."""
 
     _train_list = field_validator("train", mode="before")(_one_or_many)
