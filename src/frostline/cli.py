@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import sys
@@ -41,7 +42,13 @@ def main() -> None:
     """The `frostline` command."""
     # waiting threads sleep: 1 % slower on an idle machine, a third faster on a shared one (must be set before torch)
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show ✓ must not end a passing run
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED_TWICE)
 
 
 def errors_for_people(command: Callable[P, R]) -> Callable[P, R]:
@@ -194,8 +201,8 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     tokens: Annotated[int, typer.Option(help="New tokens at most.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.", min=0)] = 0,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0, max=100)] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.", min=0, max=2**63 - 1)] = 0,
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -246,10 +253,12 @@ def report(
     run_folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
     out: Annotated[Path | None, typer.Option("--out", help="The page to write; RUN/report.html when left out.")] = None,
 ) -> None:
-    """Write one self-contained page about a run."""
+    """Write one self-contained page about a run; exit code 1 when its audit fails."""
+    from frostline.audit import audit as audit_run
     from frostline.experiment.report import write_report
 
     typer.echo(f"report: {write_report(run_folder, to=out)}")
+    raise typer.Exit(0 if audit_run(run_folder).passed else 1)
 
 
 @app.command()
@@ -300,4 +309,4 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

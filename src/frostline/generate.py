@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from frostline.errors import DataError
 from frostline.model import load_model, load_tokenizer, quiet_transformers
 from frostline.run_folder import checkpoint_of
+
+LEAST_TEMPERATURE = 1e-3
+"""Below it the likeliest token is taken: logits divided by less overflow."""
 
 
 def generate_text(
@@ -21,6 +25,8 @@ def generate_text(
     trust_remote_code: bool = False,
 ) -> str:
     """The prompt with at most `n_tokens` tokens more. `model`: folder, hub name or run folder. Raises `ModelError`."""
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise DataError("the prompt is not UTF-8 text")
     source = checkpoint_of(model)
     loaded = load_model(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -39,6 +45,8 @@ def continue_text(
     input_ids = torch.tensor([ids], dtype=torch.long, device=device)
     torch.manual_seed(seed)
     model.eval()
+    if temperature < LEAST_TEMPERATURE:
+        temperature = 0.0
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     with torch.no_grad(), quiet_transformers():
         out = model.generate(  # type: ignore[operator]

@@ -243,11 +243,12 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def damaged_records(path: Path) -> Iterator[None]:
+def damaged_records(path: Path, *more: type[Exception]) -> Iterator[None]:
     """Turn whatever damaged or hostile records of a run folder raise into a `RunFolderError` that names the folder."""
+    damaged: tuple[type[Exception], ...] = (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
     try:
         yield
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except damaged + more as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RunFolderError(f"{path}: its records are damaged ({what})") from error
     except SafetensorError as error:

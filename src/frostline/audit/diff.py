@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def diff_to_json(diff: Diff) -> dict[str, Any]:
     """The diff as plain data; an infinite relative change is written as null."""
     data = asdict(diff)
     for row in data["rows"]:
-        row["relative_change"] = row["relative_change"] if row["relative_change"] != float("inf") else None
+        row["relative_change"] = row["relative_change"] if math.isfinite(row["relative_change"]) else None
     return {"equal": diff.equal, **json.loads(json.dumps(data))}
 
 

@@ -15,7 +15,7 @@ from frostline.anatomy import Anatomy, parse_path
 from frostline.audit import FAILED, Audit, Row, audit
 from frostline.errors import FrostlineError
 from frostline.folding import fold
-from frostline.run_folder import RunFolder, write_text
+from frostline.run_folder import RunFolder, damaged_records, write_text
 from frostline.units import format_changes, format_count
 
 Page = dict[str, Any]
@@ -36,16 +36,19 @@ def write_report(run: str | Path, *, to: Path | None = None) -> Path:
     Raises `RunFolderError` when `run` is no run folder, `FrostlineError` when the report extra is not installed.
     """
     try:
-        from jinja2 import Environment, PackageLoader
+        from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
         from frostline.experiment import figures
     except ImportError as error:
         raise FrostlineError(f"the report needs {error.name}: pip install 'frostline[report]'") from None
     folder = RunFolder.open(run)
-    environment = Environment(loader=PackageLoader("frostline.experiment"), autoescape=True, trim_blocks=True)
-    page = page_of(folder, figures)
+    environment = Environment(
+        loader=PackageLoader("frostline.experiment"), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+    )
+    with damaged_records(folder.path, TemplateError):
+        text = environment.get_template("report.html.j2").render(page_of(folder, figures))
     target = to or folder.report
-    write_text(target, environment.get_template("report.html.j2").render(page))
+    write_text(target, text)
     return target
 
 

@@ -59,7 +59,8 @@ class StageSpec(Record):
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro-batches a step is computed in; divides `data.batch`."""
     state: Literal["keep", "reset"] = "keep"
-    """Optimizer state at the switch into this stage: what was learning before keeps it, or all start afresh."""
+    """Optimizer state at the switch into this stage: what was learning before keeps it, or all start afresh. A part of
+    a packed tensor keeps it only where all that now learns of the tensor has one history; how many do is printed."""
 
     @field_validator("optimizer", mode="before")
     @classmethod
