@@ -384,9 +384,9 @@ def test_reading_a_recipe_leaves_the_data_it_was_read_from_alone():
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """The working directory; the recipe lies in another folder, beside it."""
-    (tmp_path / "work").mkdir()
+    (tmp_path / "inside").mkdir()
     (tmp_path / "recipes").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "inside")
     return tmp_path
 
 
@@ -407,21 +407,21 @@ def test_a_recipe_named_by_a_relative_path_has_its_own_folder(elsewhere):
 )
 def test_paths_in_an_override_are_relative_to_the_working_directory(elsewhere, override):
     recipe = load(elsewhere / "recipes", GOOD, override)
-    assert recipe.data.train == (f"{elsewhere}/work/text.txt",)
+    assert recipe.data.train == (f"{elsewhere}/inside/text.txt",)
 
 
 def test_one_path_of_a_list_in_an_override_is_relative_to_the_working_directory(elsewhere):
     recipe = load(elsewhere / "recipes", changed("text.txt", "[a.txt, b.txt]"), "data.train[1]=c.txt")
-    assert recipe.data.train == (f"{elsewhere}/recipes/a.txt", f"{elsewhere}/work/c.txt")
+    assert recipe.data.train == (f"{elsewhere}/recipes/a.txt", f"{elsewhere}/inside/c.txt")
 
 
 @pytest.mark.parametrize("train", ["text.txt", ["text.txt"]])
 def test_paths_in_plain_data_are_relative_to_the_working_directory(elsewhere, train):
-    assert recipe_from_dict(minimal(data={"train": train})).data.train == (f"{elsewhere}/work/text.txt",)
+    assert recipe_from_dict(minimal(data={"train": train})).data.train == (f"{elsewhere}/inside/text.txt",)
 
 
 def test_paths_in_a_tuple_are_relative_to_the_working_directory_too(elsewhere):
-    assert recipe_from_dict(minimal(data={"train": ("text.txt",)})).data.train == (f"{elsewhere}/work/text.txt",)
+    assert recipe_from_dict(minimal(data={"train": ("text.txt",)})).data.train == (f"{elsewhere}/inside/text.txt",)
 
 
 def test_a_hub_name_stays_a_name_unless_there_is_such_a_folder(elsewhere):

@@ -1,9 +1,10 @@
-"""The audit: what a run's own files say happened, against what was asked. Read `audit.py`, then `states.py`."""
+"""The audit: what a run's own files say happened, against what was asked. Read `audit.py`, `checks.py`, then `states.py`."""
 
-from frostline.audit.audit import FAILED, Audit, Evidence, Row, audit, audit_to_json
+from frostline.audit.audit import audit, audit_to_json
 from frostline.audit.diff import Diff, DiffRow, diff_checkpoints, diff_to_json
 from frostline.audit.movement import Movement, measure
 from frostline.audit.rewind import rewind
+from frostline.audit.verdicts import FAILED, Audit, Evidence, Row
 
 __all__ = [
     "FAILED",

@@ -1,0 +1,165 @@
+"""The checks on a whole run: each is one claim with what was expected and what was found. Read `evidence_of` first."""
+
+from __future__ import annotations
+
+import math
+
+from frostline.anatomy import Anatomy, Slice, reaches_outside, subtract_all
+from frostline.audit.states import States
+from frostline.audit.verdicts import Basis, Evidence, Row
+from frostline.environment import hash_file
+from frostline.errors import FrostlineError, RunFolderError
+from frostline.recipe import load_recipe, stage_name
+from frostline.run_folder import Boundary, RunFolder, StageRecord
+from frostline.selection import select
+
+
+def check_records(anatomy: Anatomy, stages: list[StageRecord], boundaries: list[Boundary]) -> None:
+    """Raise `RunFolderError` unless schedule and boundaries belong together and to the anatomy."""
+    problems = []
+    end = 0
+    for i, stage in enumerate(stages):
+        if stage.index != i or stage.start != end or not isinstance(stage.end, int) or stage.end <= stage.start:
+            problems.append(f"stage {i} does not follow the one before it")
+        end = stage.end if isinstance(stage.end, int) else end
+        for piece in stage.learning:
+            info = anatomy.tensor.get(piece.tensor)
+            if info is None or reaches_outside(piece, info.shape):
+                problems.append(
+                    f"stage {stage.name} trains {piece.tensor}, or elements of it, that the model does not have"
+                )
+    names = [s.name for s in stages]
+    if not stages or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+        problems.append("stages must have names of their own")
+    if any(b.index != i for i, b in enumerate(boundaries)) or len(boundaries) > len(stages) + 1:
+        problems.append("boundaries are out of order")
+    if problems:
+        raise RunFolderError("the schedule is damaged: " + "; ".join(problems[:3]))
+
+
+def evidence_of(
+    folder: RunFolder,
+    anatomy: Anatomy,
+    stages: list[StageRecord],
+    boundaries: list[Boundary],
+    pieces: dict[str, Slice],
+    states: States,
+    rows: list[Row],
+) -> list[Evidence]:
+    """Every check on a run, in the order in which they are shown."""
+
+    def rows_check(claim: str, bad: str) -> Evidence:
+        found = [r for r in rows if r.verdict == bad]
+        names = ", ".join(f"{r.component} (stage {r.stage})" for r in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        return Evidence(
+            claim=claim,
+            expected="none",
+            measured=f"{names}{more}" or "none",
+            passed=not found,
+            basis="recorded",
+        )
+
+    last, step = boundaries[-1] if boundaries else None, folder.read_status()["step"]
+    entries = _mismatches(boundaries, states, stages)
+    checks = [
+        rows_check("frozen parts that moved", "FROZEN BUT MOVED"),
+        rows_check("learning parts that did not move, without a reason", "LEARNING BUT UNMOVED"),
+        Evidence(
+            claim="every stage ran to its end",
+            expected=f"{stages[-1].end} steps",
+            measured=f"{step} steps",
+            passed=step == stages[-1].end and len(boundaries) == len(stages) + 1,
+            basis="recorded",
+        ),
+        Evidence(
+            claim="kept entry values that contradict the recorded hashes",
+            expected="none",
+            measured=", ".join(entries[:8]) or "none",
+            passed=not entries,
+            basis="recomputed",
+        ),
+    ]
+    wanted = {n: p for n, p in pieces.items() if p.tensor in states.stored}
+    ends = last.hashes if last else {}
+    wrong = [n for n in wanted if states.model_hashes.get(n) != ends.get(n)]
+    checks.append(
+        Evidence(
+            claim="pieces of the saved model that contradict the hash recorded at the end",
+            expected=f"none of {len(wanted)}",
+            measured=", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "") or "none",
+            passed=not wrong,
+            basis="recomputed",
+        )
+    )
+    checks += [_model_files(folder), _foreign_tensors(states), _recipe(folder, anatomy, stages), _finite(folder)]
+    return checks
+
+
+def _check(claim: str, found: list[str], basis: Basis) -> Evidence:
+    """A claim that nothing of a kind is found."""
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    measured = ", ".join(found[:8]) + more or "none"
+    return Evidence(claim=claim, expected="none", measured=measured, passed=not found, basis=basis)
+
+
+def _model_files(folder: RunFolder) -> Evidence:
+    """Every file of the saved model is the one that was saved."""
+    recorded = folder.read_model_files()
+    there = {p.name: hash_file(p) for p in sorted(folder.model.glob("*")) if p.is_file()} if recorded else {}
+    wrong = sorted(n for n in {*recorded, *there} if recorded.get(n) != there.get(n))
+    if not recorded:
+        wrong = (
+            ["no file of it was recorded"]
+            if folder.model.exists() or (folder.path / "environment.json").exists()
+            else []
+        )
+    return _check("files of the saved model that are missing, new or changed", wrong, "recomputed")
+
+
+def _foreign_tensors(states: States) -> Evidence:
+    """The saved model holds nothing that the anatomy does not know, and its ties are whole."""
+    return _check("tensors of the saved model that the anatomy does not account for", states.foreign, "recomputed")
+
+
+def _recipe(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> Evidence:
+    """The recipe, read again, asks for exactly what the schedule says learns."""
+    claim = "stages that the recipe asks for otherwise than they were scheduled"
+    if not (folder.path / "environment.json").exists():  # a run of `train_loop` by itself has no recipe
+        return _check(claim, [], "recomputed")
+    try:
+        recipe = load_recipe(folder.recipe)
+    except FrostlineError as error:
+        return _check(claim, [str(error).splitlines()[0]], "recomputed")
+    wrong = []
+    if len(recipe.stages) != len(stages):
+        wrong.append(f"{len(recipe.stages)} stages instead of {len(stages)}")
+    for i, (spec, stage) in enumerate(zip(recipe.stages, stages, strict=False)):
+        try:
+            selection = select(anatomy, spec.learn, ties="together" if recipe.ties == "together" else "error")
+        except FrostlineError as error:
+            wrong.append(f"{stage.name}: {error.args[0].splitlines()[0]}")
+            continue
+        same = not subtract_all(selection.slices, stage.learning) and not subtract_all(stage.learning, selection.slices)
+        if not same or stage.end - stage.start != spec.steps or stage.name != stage_name(recipe, i):
+            wrong.append(f"{stage.name}: learn {spec.learn}, {spec.steps} steps")
+    return _check(claim, wrong, "recomputed")
+
+
+def _finite(folder: RunFolder) -> Evidence:
+    """No recorded gradient is NaN or infinite."""
+    samples = folder.read_gradients()
+    bad = [
+        f"{n} (step {g.step})" for g in samples for n, v in g.norms.items() if v is not None and not math.isfinite(v)
+    ]
+    return _check("recorded gradients that are not finite", bad, "recorded")
+
+
+def _mismatches(boundaries: list[Boundary], states: States, stages: list[StageRecord]) -> list[str]:
+    """Pieces whose kept entry value is missing or does not hash to what the boundary before the stage recorded."""
+    out = []
+    for stage in stages[: max(len(boundaries) - 1, 0)]:
+        hashes = states.entry_hashes[stage.index]
+        recorded = boundaries[stage.index].hashes
+        out += [f"{s} (stage {stage.name})" for s in map(str, stage.learning) if hashes.get(s) != recorded.get(s)]
+    return out
