@@ -1,4 +1,4 @@
-"""The audit: what a run's own files say happened, against what was asked. Read `audit.py`, `checks.py`, then `states.py`."""
+"""The audit: what a run's own files say happened. Read `audit.py`, `checks.py`, then `states.py`."""
 
 from frostline.audit.audit import audit, audit_to_json
 from frostline.audit.diff import Diff, DiffRow, diff_checkpoints, diff_to_json
