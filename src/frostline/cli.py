@@ -257,8 +257,9 @@ def report(
     from frostline.audit import audit as audit_run
     from frostline.experiment.report import write_report
 
-    typer.echo(f"report: {write_report(run_folder, to=out)}")
-    raise typer.Exit(0 if audit_run(run_folder).passed else 1)
+    audited = audit_run(run_folder)
+    typer.echo(f"report: {write_report(run_folder, to=out, audited=audited)}")
+    raise typer.Exit(0 if audited.passed else 1)
 
 
 @app.command()
@@ -285,7 +286,7 @@ def demo(
     if done.result.state == "interrupted":
         typer.echo(f"interrupted after step {done.result.steps}; the run folder is intact", err=True)
         raise typer.Exit(INTERRUPTED)
-    page = write_report(done.result.folder)
+    page = write_report(done.result.folder, audited=done.result.audit)
     if as_json:
         _print_json({"audit": audit_to_json(done.result.audit), "claims": claims_to_json(done.claims)})
     else:

@@ -203,8 +203,8 @@ def load_weights(prepared: Prepared, *, trust_remote_code: bool = False) -> nn.M
             setattr(model.config, name, getattr(tokenizer, name))
             setattr(model.generation_config, name, getattr(tokenizer, name))
     found = read_anatomy(model)
-    if found.components != prepared.anatomy.components:
-        raise FrostlineError("the loaded model has other parts than its configuration says; please report this")
+    if (found.components, found.ties) != (prepared.anatomy.components, prepared.anatomy.ties):
+        raise FrostlineError("the loaded model has other parts or ties than its configuration says; please report this")
     return model
 
 

@@ -18,11 +18,6 @@ def format_count(n: int) -> str:
     return _scaled(n, ("", "k", "M", "G", "T"), 1000.0)
 
 
-def format_bytes(n_bytes: int) -> str:
-    """`1_048_576` bytes → `1.05 MB` (decimal thousands)."""
-    return _scaled(n_bytes, ("B", "kB", "MB", "GB", "TB"), 1000.0)
-
-
 def format_duration(seconds: float) -> str:
     """`75.2` seconds → `1m15s`."""
     if seconds < 60:

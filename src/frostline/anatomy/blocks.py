@@ -153,8 +153,6 @@ class BlockReader:
             known = names.get(name)
             if known == "qkv":
                 yield from self.packed_qkv(role, name, child, here)
-            elif known == "gate_up":
-                yield from self.packed_gate_up(role, here)
             elif known is None and any(n in names for n, _ in child.named_children()):
                 yield from self.named_parts(role, child, here, names)  # a wrapper such as GPT-Neo's `attn.attention`
             else:
@@ -174,10 +172,6 @@ class BlockReader:
             third = tensor.shape[dim] // 3
             for part_name, indices in zip("qkv", _consecutive(third, third, third), strict=True):
                 yield f"{role}.{part_name}", (part(tensor.name, tensor.shape, dim, indices),)
-
-    def packed_gate_up(self, role: str, path: str) -> Iterator[tuple[str, tuple[Slice, ...]]]:
-        """A gate and up projection in one: kept whole as `gate_up`."""
-        yield f"{role}.gate_up", self.inside(path)
 
     def moe(self, role: str, module: nn.Module, path: str) -> Iterator[tuple[str, tuple[Slice, ...]]]:
         """Router, experts and shared expert of a mixture of experts."""

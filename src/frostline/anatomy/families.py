@@ -51,12 +51,6 @@ ATTENTION_PARTS: dict[str, str] = {
 }  # fmt: skip
 """Attribute of an attention module → part of `attn`; other attributes keep their own name."""
 
-CONTIGUOUS_QKV = ("c_attn", "qkv_proj", "Wqkv")
-"""Packed projections whose outputs are all of q, then all of k, then all of v — where the widths say so."""
-
-PER_HEAD_QKV = ("query_key_value",)
-"""Packed projections whose outputs are q, k and v of one head (or one group of heads) after another."""
-
 FFN_PARTS: dict[str, str] = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "c_fc": "up", "c_proj": "down", "fc1": "up",
     "fc2": "down", "fc_in": "up", "fc_out": "down", "dense_h_to_4h": "up", "dense_4h_to_h": "down",

@@ -74,7 +74,7 @@ def list_tensors(module: nn.Module) -> tuple[TensorInfo, ...]:
         ("buffer", module.named_buffers(remove_duplicate=False)),
     ):
         for name, tensor in items:
-            source = first.setdefault(_storage_key(tensor), name)
+            source = first.setdefault(_storage_key(tensor) if kind == "parameter" else id(tensor), name)
             out.append(
                 TensorInfo(
                     name=name,

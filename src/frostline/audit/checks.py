@@ -48,23 +48,15 @@ def evidence_of(
 ) -> list[Evidence]:
     """Every check on a run, in the order in which they are shown."""
 
-    def rows_check(claim: str, bad: str) -> Evidence:
-        found = [r for r in rows if r.verdict == bad]
-        names = ", ".join(f"{r.component} (stage {r.stage})" for r in found[:8])
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        return Evidence(
-            claim=claim,
-            expected="none",
-            measured=f"{names}{more}" or "none",
-            passed=not found,
-            basis="recorded",
-        )
+    def rows_that(claim: str, bad: str) -> Evidence:
+        return _check(claim, [f"{r.component} (stage {r.stage})" for r in rows if r.verdict == bad], "recorded")
 
-    last, step = boundaries[-1] if boundaries else None, folder.read_status()["step"]
-    entries = _mismatches(boundaries, states, stages)
-    checks = [
-        rows_check("frozen parts that moved", "FROZEN BUT MOVED"),
-        rows_check("learning parts that did not move, without a reason", "LEARNING BUT UNMOVED"),
+    step = folder.read_status()["step"]
+    ends = boundaries[-1].hashes if boundaries else {}
+    saved = [n for n, p in pieces.items() if p.tensor in states.stored]
+    return [
+        rows_that("frozen parts that moved", "FROZEN BUT MOVED"),
+        rows_that("learning parts that did not move, without a reason", "LEARNING BUT UNMOVED"),
         Evidence(
             claim="every stage ran to its end",
             expected=f"{stages[-1].end} steps",
@@ -72,28 +64,21 @@ def evidence_of(
             passed=step == stages[-1].end and len(boundaries) == len(stages) + 1,
             basis="recorded",
         ),
-        Evidence(
-            claim="kept entry values that contradict the recorded hashes",
-            expected="none",
-            measured=", ".join(entries[:8]) or "none",
-            passed=not entries,
-            basis="recomputed",
+        _check(
+            "kept entry values that contradict the recorded hashes",
+            _mismatches(boundaries, states, stages),
+            "recomputed",
         ),
+        _check(
+            "pieces of the saved model that contradict the hash recorded at the end",
+            [n for n in saved if states.model_hashes.get(n) != ends.get(n)],
+            "recomputed",
+        ),
+        _model_files(folder),
+        _foreign_tensors(states),
+        _recipe(folder, anatomy, stages),
+        _finite(folder),
     ]
-    wanted = {n: p for n, p in pieces.items() if p.tensor in states.stored}
-    ends = last.hashes if last else {}
-    wrong = [n for n in wanted if states.model_hashes.get(n) != ends.get(n)]
-    checks.append(
-        Evidence(
-            claim="pieces of the saved model that contradict the hash recorded at the end",
-            expected=f"none of {len(wanted)}",
-            measured=", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "") or "none",
-            passed=not wrong,
-            basis="recomputed",
-        )
-    )
-    checks += [_model_files(folder), _foreign_tensors(states), _recipe(folder, anatomy, stages), _finite(folder)]
-    return checks
 
 
 def _check(claim: str, found: list[str], basis: Basis) -> Evidence:

@@ -30,10 +30,11 @@ class Strip:
     """(class, text) per stage; the class is `ok-frozen`, `ok-moved`, `note` or `bad`."""
 
 
-def write_report(run: str | Path, *, to: Path | None = None) -> Path:
+def write_report(run: str | Path, *, to: Path | None = None, audited: Audit | None = None) -> Path:
     """Write the report of a run folder to `to`, or into the folder as `report.html`; returns the file.
 
-    Raises `RunFolderError` when `run` is no run folder, `FrostlineError` when the report extra is not installed.
+    `audited` is the run's audit where it is at hand; else the run is audited. Raises `RunFolderError` when `run` is no run
+    folder, `FrostlineError` when the report extra is not installed.
     """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
@@ -46,15 +47,17 @@ def write_report(run: str | Path, *, to: Path | None = None) -> Path:
         loader=PackageLoader("frostline.experiment"), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
     with damaged_records(folder.path, TemplateError):
-        text = environment.get_template("report.html.j2").render(page_of(folder, figures))
+        text = environment.get_template("report.html.j2").render(
+            page_of(folder, audited or audit(folder.path), figures)
+        )
     target = to or folder.report
     write_text(target, text)
     return target
 
 
-def page_of(folder: RunFolder, figures: Any) -> Page:
+def page_of(folder: RunFolder, result: Audit, figures: Any) -> Page:
     """Everything the template shows."""
-    result, anatomy, stages = audit(folder.path), folder.read_anatomy(), folder.read_schedule()
+    anatomy, stages = folder.read_anatomy(), folder.read_schedule()
     metrics = folder.read_lines(folder.metrics)
     losses = [(r["step"], r["loss"]) for r in metrics if r.get("loss") is not None]
     held_out = [(r["step"], r["held_out_loss"]) for r in metrics if r.get("held_out_loss") is not None]
