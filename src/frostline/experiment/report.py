@@ -33,8 +33,8 @@ class Strip:
 def write_report(run: str | Path, *, to: Path | None = None, audited: Audit | None = None) -> Path:
     """Write the report of a run folder to `to`, or into the folder as `report.html`; returns the file.
 
-    `audited` is the run's audit where it is at hand; else the run is audited. Raises `RunFolderError` when `run` is no run
-    folder, `FrostlineError` when the report extra is not installed.
+    `audited`: the run's audit, where it is at hand. Raises `RunFolderError` when `run` is no run folder, and
+    `FrostlineError` when the report extra is not installed.
     """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
