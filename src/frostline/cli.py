@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -103,20 +103,34 @@ def select(
     model: Model,
     expression: Annotated[str, typer.Argument(help="Such as 'ffn & layers[2:]'.")],
     together: Annotated[bool, typer.Option("--together", help="Let tied parts follow each other.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List the exact slices of every tensor.")] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="EXPRESSION", help="A second expression: show where the two differ.")
+    ] = None,
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Show what an expression selects, term by term."""
+    from dataclasses import asdict
+
+    from frostline.selection import compare, selection_to_json
     from frostline.selection import select as select_in
-    from frostline.selection import selection_to_json
-    from frostline.terminal import selection_table
+    from frostline.terminal import comparison_table, selection_table, slices_table
 
     anatomy = _anatomy(model, trust_remote_code)
-    found = select_in(anatomy, expression, ties="together" if together else "error")
+    ties: Literal["together", "error"] = "together" if together else "error"
+    first = select_in(anatomy, expression, ties=ties)
+    second = select_in(anatomy, against, ties=ties) if against is not None else None
     if as_json:
-        _print_json(selection_to_json(found))
-    else:
-        _console().print(selection_table(found))
+        data = {"schema": 1, **selection_to_json(first)}
+        if second is not None:
+            data |= {"against": selection_to_json(second), "differences": [asdict(d) for d in compare(first, second)]}
+        _print_json(data)
+        return
+    console = _console()
+    console.print(comparison_table(first, second) if second is not None else selection_table(first))
+    if tensors:
+        console.print(slices_table(first))
 
 
 @app.command()

@@ -6,7 +6,7 @@ Equal layers and experts are folded into one line, written so that it can be pas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,8 +20,8 @@ from frostline.experiment.claims import Claims
 from frostline.experiment.demo import Demo
 from frostline.folding import Fold, fold
 from frostline.schedule import Stage
-from frostline.selection import Selection
-from frostline.units import format_changes, format_count, format_duration, format_share
+from frostline.selection import Selection, compare, shared_heads
+from frostline.units import format_bytes, format_changes, format_count, format_duration, format_share
 
 
 def parts_table(anatomy: Anatomy) -> Group:
@@ -47,7 +47,23 @@ def parts_table(anatomy: Anatomy) -> Group:
             "" if note else format_share(each * len(group.names), anatomy.n_parameters),
             "\n".join(str(s) for s in first.slices),
         )
-    return Group(Text(title), table)
+    return Group(Text(title), table, *([_cuts_table(anatomy)] if anatomy.cuts else []))
+
+
+def _cuts_table(anatomy: Anatomy) -> Table:
+    """Heads, neurons and rows, equal ones folded, with the slices of the first member."""
+    table = Table(title="divided further, across parts", title_justify="left", title_style="")
+    table.add_column("members", overflow="fold")
+    table.add_column("parameters each", justify="right")
+    table.add_column("the first of the first", overflow="fold")
+    cuts = {c.name: c for c in anatomy.cuts}
+    for group in fold([(c.name, (c.n, len(c.pieces))) for c in anatomy.cuts]):
+        cut = cuts[group.names[0]]
+        first = cut.members([0])
+        table.add_row(
+            f"{group.title}[0:{cut.n}]", format_count(sum(s.n_elements for s in first)), "\n".join(map(str, first))
+        )
+    return table
 
 
 def proof_table(proof: Proof) -> Group:
@@ -77,7 +93,7 @@ def selection_table(selection: Selection) -> Group:
     """What each term of an expression matched, and what all of it selects."""
     table = Table()
     table.add_column("term")
-    for column in ("layers", "components", "tensors", "parameters", "share"):
+    for column in ("layers", "components", "tensors", "parameters", "size", "share"):
         table.add_column(column, justify="right")
     n_layers, total = selection.anatomy.n_layers, selection.anatomy.n_parameters
     for m in selection.matches:
@@ -88,6 +104,7 @@ def selection_table(selection: Selection) -> Group:
             str(m.n_components),
             str(m.n_tensors),
             format_count(m.n_elements),
+            format_bytes(m.n_bytes),
             format_share(m.n_elements, total),
         )
     table.add_section()
@@ -97,9 +114,54 @@ def selection_table(selection: Selection) -> Group:
         str(sum(1 for _ in selection.by_component())),
         str(selection.n_tensors),
         format_count(selection.n_elements),
+        format_bytes(selection.n_bytes),
         format_share(selection.n_elements, total),
     )
-    return Group(Text(str(selection)), table)
+    return Group(Text(str(selection)), table, *map(Text, _notes(selection)))
+
+
+def _notes(selection: Selection) -> Iterator[str]:
+    """What a term means beyond what it says."""
+    for named, too in selection.pulled_in:
+        yield f"{too} learns too: it is the same tensor as {named}"
+    sharing = shared_heads(selection)
+    if sharing:
+        n, n_kv = sharing
+        yield (
+            f"{n} query heads share {n_kv} key/value heads: heads[i] holds the query rows and output columns of one, "
+            f"kv_heads[j] the key and value rows that {n // n_kv} of them share"
+        )
+
+
+def slices_table(selection: Selection) -> Table:
+    """The exact slices that an expression selects, by component."""
+    table = Table()
+    table.add_column("component", overflow="fold")
+    table.add_column("slices", overflow="fold")
+    table.add_column("parameters", justify="right")
+    for component, slices in selection.by_component():
+        table.add_row(component.name, "\n".join(map(str, slices)), "\n".join(str(s.n_elements) for s in slices))
+    return table
+
+
+def comparison_table(first: Selection, second: Selection) -> Group:
+    """What each of two selections takes and the other does not, components of equal numbers folded."""
+    differences = compare(first, second)
+    table = Table()
+    table.add_column("component", overflow="fold")
+    for column in ("only in the first", "only in the second", "in both"):
+        table.add_column(column, justify="right")
+    by_name = {d.component: d for d in differences}
+    numbers = {d.component: (d.only_first, d.only_second, d.both) for d in differences}
+    for group in fold(list(numbers.items())):
+        d = by_name[group.names[0]]
+        counts = (n * len(group.names) for n in (d.only_first, d.only_second, d.both))
+        table.add_row(group.title, *(format_count(n) if n else "–" for n in counts))
+    table.add_section()
+    sums = (sum(n[i] for n in numbers.values()) for i in range(3))
+    table.add_row("together", *(format_count(n) if n else "–" for n in sums))
+    verdict = "the two select the same" if first == second else "the two differ"
+    return Group(Text(f"first:  {first}\nsecond: {second}\n{verdict}"), table)
 
 
 def audit_table(audit: Audit) -> Table:

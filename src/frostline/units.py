@@ -18,6 +18,11 @@ def format_count(n: int) -> str:
     return _scaled(n, ("", "k", "M", "G", "T"), 1000.0)
 
 
+def format_bytes(n: float) -> str:
+    """`1536` → `1.5 KiB`."""
+    return _scaled(n, ("B", "KiB", "MiB", "GiB", "TiB"), 1024.0)
+
+
 def format_duration(seconds: float) -> str:
     """`75.2` seconds → `1m15s`."""
     if seconds < 60:

@@ -56,6 +56,17 @@ def test_complement_binds_tighter_than_and_and_minus_and_these_tighter_than_or(t
     assert shown(parse(text)) == tree
 
 
+@pytest.mark.parametrize("text", ['q | param("a.*[0-3] & (b")', "q | param ( 'a.*[0-3] & (b' )"])
+def test_a_raw_name_is_quoted_and_may_hold_anything_but_its_quote(text):
+    leaf = parse(text).right
+    assert (leaf.pattern, text[leaf.pattern_column]) == ("a.*[0-3] & (b", "a")
+    assert (leaf.text, leaf.column) == (text[4:], 4)
+
+
+def test_param_without_a_parenthesis_is_a_name_like_any_other():
+    assert parse("param.q").segments[0].names == ("param",)
+
+
 LEVEL = {"|": 0, "&": 1, "-": 1}
 
 
@@ -169,6 +180,14 @@ def test_an_index_is_written_as_in_python(text, value):
         ("layers[--1]", 8, "expected a number, found '-'"),
         ("layers[0:4:0]", 7, "the step of a range must be at least 1"),
         ("layers[4:0:-1]", 7, "the step of a range must be at least 1"),
+        ('param("a.b', 6, "this quote is not closed"),
+        ("param('a.b\")", 6, "this quote is not closed"),
+        ("param(a.b)", 6, "expected a quoted name, as in param"),
+        ("param()", 6, "expected a quoted name, as in param"),
+        ("param('')", 7, "a name cannot be empty"),
+        ("param('a' 'b')", 11, "expected ')' after the name, found 'b'"),
+        ("param('a').q", 10, "expected '|', '&' or '-' between parts, found '.'"),
+        ("'a'", 1, "expected the name of a part, found 'a'"),
         ("layers[1234567890]", 7, "this number is too large"),
         ("~" * (MAX_DEPTH + 1) + "q", MAX_DEPTH, "nested more than 50 deep"),
         ("(" * (MAX_DEPTH + 1) + "q", MAX_DEPTH, "nested more than 50 deep"),
@@ -238,6 +257,9 @@ TOKENS = [
     "layers",
     "_x",
     "é",
+    "param(",
+    "'*.a[0'",
+    '"',
 ]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
+from dataclasses import replace
 from functools import lru_cache, reduce
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import nn
 
 from frostline.anatomy import anatomy_of_parts, slice_to_json
 from frostline.errors import SelectionError
-from frostline.selection import Selection, known_names, select, selection_to_json
+from frostline.selection import Selection, compare, known_names, select, selection_to_json, shared_heads
 
 quick = settings(deadline=None, max_examples=20)
 families = st.sampled_from(["llama", "gpt2", "mixtral", "olmo2"])
@@ -69,6 +71,35 @@ LEAVES = {
 """Leaf → what the name of a component, and of a tensor, must contain: the meaning, written without the grammar."""
 
 
+HEAD, LAST_KV = [*range(16, 24)], [*range(8, 16)]
+SLICES = {
+    "layers[1].attn.heads[2]": [
+        (r"layers\.1\.self_attn\.(q_proj|q_norm)\.weight", 0, HEAD),
+        (r"layers\.1\.self_attn\.o_proj\.weight", 1, HEAD),
+        (r"h\.1\.attn\.c_attn\.weight", 1, HEAD + [32 + i for i in HEAD] + [64 + i for i in HEAD]),
+        (r"h\.1\.attn\.c_attn\.bias", 0, HEAD + [32 + i for i in HEAD] + [64 + i for i in HEAD]),
+        (r"h\.1\.attn\.c_proj\.weight", 0, HEAD),
+    ],
+    "kv_heads[-1]": [
+        (r"self_attn\.(k_proj|v_proj|k_norm)\.weight", 0, LAST_KV),
+        (r"h\.\d\.attn\.c_attn\.weight", 1, [*range(56, 64), *range(88, 96)]),
+        (r"h\.\d\.attn\.c_attn\.bias", 0, [*range(56, 64), *range(88, 96)]),
+    ],
+    "layers[::2].ffn.neurons[0:5]": [
+        (r"layers\.[02]\.mlp\.(gate|up)_proj\.weight", 0, range(5)),
+        (r"layers\.[02]\.mlp\.down_proj\.weight", 1, range(5)),
+        (r"h\.[02]\.mlp\.c_fc\.weight", 1, range(5)),
+        (r"h\.[02]\.mlp\.c_fc\.bias|h\.[02]\.mlp\.c_proj\.weight", 0, range(5)),
+    ],
+    "embed.rows[300:]": [("embed_tokens|wte", 0, range(300, 320))],
+    "head.rows[0, 7]": [("lm_head", 0, [0, 7])],
+    'param("*.1.*weight")': [(r"\.1\..*weight$", 0, None)],
+    "param('*.[02].?*_proj.weight')": [(r"\.[02]\..*_proj\.weight$", 0, None)],
+}
+"""Leaf below the tensor → (pattern of tensor names, dimension, indices or None for all), from how the models are built:
+4 query heads of width 8, 2 key heads (4 in GPT-2, whose matrices are (inputs, outputs): q, then k, then v)."""
+
+
 class UndefinedError(Exception):
     """An expression that has no meaning in this model."""
 
@@ -95,8 +126,25 @@ def marks(family, slices):
     return row
 
 
+def slice_marks(family, leaf):
+    """Marks of a leaf of `SLICES`."""
+    start, length = offsets(family)
+    row = np.zeros(length, dtype=bool)
+    for t in tiny.anatomy(family).tensors:
+        for pattern, dim, indices in SLICES[leaf]:
+            if t.kind == "parameter" and re.search(pattern, t.name):
+                part = row[start[t.name] :][: t.n_elements].reshape(t.shape)
+                np.moveaxis(part, dim, 0)[slice(None) if indices is None else list(indices)] = True
+    return row
+
+
 @lru_cache(maxsize=256)
 def leaf_marks(family, leaf):
+    if leaf in SLICES:
+        found = slice_marks(family, leaf)
+        if not found.any():
+            raise UndefinedError
+        return found
     component, tensor = LEAVES[leaf]
     anatomy = tiny.anatomy(family)
     found = marks(
@@ -167,9 +215,13 @@ def combined(leaves):
     )
 
 
-IN_ALL = [leaf for leaf in LEAVES if not re.search("position|bias|attn.norm|ffn_norm|ffn.up|router|experts", leaf)]
+IN_ALL = [
+    leaf
+    for leaf in (*LEAVES, *SLICES)
+    if not re.search("position|bias|attn.norm|ffn_norm|ffn.up|router|experts|neurons|_proj", leaf)
+]
 """Leaves that match something in every family."""
-trees = st.one_of(combined(IN_ALL), combined(list(LEAVES)))
+trees = st.one_of(combined(IN_ALL), combined(list(SLICES) + IN_ALL[:8]), combined([*LEAVES, *SLICES]))
 defined = st.lists(st.sampled_from(IN_ALL), min_size=1, max_size=3).map(
     lambda found: reduce(lambda a, b: ("|", a, b), found)
 )
@@ -426,9 +478,32 @@ def test_buffers_are_never_selected():
         ("llama", "norm.q", 0, "the group 'norm' can only stand alone or at the end of a path"),
         ("llama", "attn.{norm,q}", 6, "the group 'norm' can only stand alone or at the end of a path"),
         ("llama", "layers.q", 7, "'layers' has no part 'q' directly inside. It has: attn_norm, attn, ffn_norm, ffn."),
-        ("llama", "layers[0].attn.{q,up}", 18, "'layers.attn' has no part 'up' directly inside. It has: q, k, v, o."),
+        (
+            "llama",
+            "layers[0].attn.{q,up}",
+            18,
+            "'layers.attn' has no part 'up' directly inside. It has: q, k, v, o, heads",
+        ),
+        ("llama", "layers[0].ffn.gatee", 14, "'layers.ffn' has no part 'gatee' directly inside. Did you mean 'gate'?"),
+        ("llama", "layers[0].ffn.gatee", 14, "It has: gate, up, down, neurons."),
+        ("llama", "attn.heads[4]", 11, "heads[4] is out of range: there are 4, 0 to 3"),
+        ("llama", "kv_heads[0,2]", 11, "kv_heads[2] is out of range: there are 2, 0 to 1"),
+        ("llama", "heads[2:2]", 6, "heads[2:2] is out of range"),
+        ("llama", "layers[0].attn.heads[1].q", 24, "write 'layers[0].attn.heads[1] & layers[0].attn.q'"),
+        ("gpt2", "heads.bias", 6, "write 'heads & bias'"),
+        ("llama", "attn.{q,heads}", 8, "'heads' cannot stand in braces with others: join them with '|'"),
+        ("llama", "ffn.heads[0]", 4, "'ffn' has no part 'heads' directly inside"),
+        ("mixtral", "ffn.neurons[0]", 4, "'ffn' has no part 'neurons' directly inside"),
+        ("llama", 'ffn | param("model.layers.*.mpl.*")', 13, "no tensor of this model has a name like"),
+        ("gpt2", 'param("*.attn.bias")', 7, "no tensor of this model has a name like"),
+        ("llama", 'param("model.embed")', 7, "Did you mean 'model.embed_tokens.weight'"),
         ("llama", "embed.q", 6, "'embed' has no part 'q' directly inside"),
-        ("mixtral", "experts[0].{gate,q}", 17, "'experts' has no part 'q' directly inside. It has: gate, up, down."),
+        (
+            "mixtral",
+            "experts[0].{gate,q}",
+            17,
+            "'experts' has no part 'q' directly inside. It has: gate, up, down, neurons.",
+        ),
     ],
 )
 def test_what_matches_nothing_is_refused_where_it_stands(family, text, column, said):
@@ -443,7 +518,7 @@ def test_what_matches_nothing_is_refused_where_it_stands(family, text, column, s
         ("llama", "attention", "'attn'"),
         ("llama", "layer[0]", "'layers'"),
         ("llama", "embedding", "'embed'"),
-        ("llama", "heads", "'head'"),
+        ("llama", "headz", "'head'"),
         ("llama", "norms", "'norm'"),
         ("mixtral", "expert[0]", "'experts'"),
         ("llama", "ffn.ups", "'up'"),
@@ -461,7 +536,7 @@ def test_an_unknown_name_far_from_all_is_answered_with_all_names():
     assert error.column == 0
     assert error.problem == (
         "this model has no part 'tokens'. Known parts: embed, position, layers, attn_norm, attn, q, k, v, o, ffn_norm, "
-        "ffn, gate, up, down, final_norm, head, all, norm, bias, mixer, qk, vo."
+        "ffn, gate, up, down, final_norm, head, rows, heads, kv_heads, neurons, all, norm, bias, mixer, qk, vo."
     )
 
 
@@ -506,6 +581,57 @@ def uneven_experts():
     module = nn.ModuleDict({f"m{i}": nn.Linear(2, 2, bias=False) for i in range(4)})
     names = ["layers[0].experts[0]", "layers[1].experts[0]", "layers[1].experts[1]", "head"]
     return anatomy_of_parts(module, {name: [f"m{i}"] for i, name in enumerate(names)})
+
+
+@given(families, st.text(alphabet="abdeglmopw_.*?[]!-012", max_size=12))
+@quick
+def test_any_pattern_of_raw_names_selects_what_it_matches_or_is_refused(family, pattern):
+    found = outcome(family, f'param("{pattern}")')
+    names = [t.name for t in tiny.anatomy(family).tensors if t.kind == "parameter"]
+    expected = {n for n in names if fnmatch.fnmatchcase(n, pattern)}
+    ties = tiny.anatomy(family).ties
+    assert {s.tensor for s in found.slices} == {ties.get(n, n) for n in expected} if found else not expected
+
+
+def test_a_term_of_heads_says_how_many_share_a_key_head_and_only_where_they_do():
+    assert shared_heads(chosen("attn.heads[0] | ffn", "llama")) == (4, 2)
+    assert shared_heads(chosen("attn.kv_heads[0]", "llama")) is None
+    assert shared_heads(chosen("attn.heads[0]", "gpt2")) is None
+
+
+def test_two_selections_are_compared_component_by_component():
+    first, second = chosen("layers[0].attn.{q,k}", "llama"), chosen("layers[0].attn.heads[0] | head", "llama")
+    assert [(d.component, d.only_first, d.only_second, d.both) for d in compare(first, second)] == [
+        ("layers[0].attn.q", 24 * 32, 0, 8 * 32),
+        ("layers[0].attn.k", 16 * 32, 0, 0),
+        ("layers[0].attn.o", 0, 32 * 8, 0),
+        ("head", 0, 320 * 32, 0),
+    ]
+
+
+@given(families, defined, defined)
+@quick
+def test_a_comparison_adds_up_to_both_selections(family, one, other):
+    first, second = outcome(family, written(one)), outcome(family, written(other))
+    found = compare(first, second)
+    assert sum(d.only_first + d.both for d in found) == counted(first)
+    assert sum(d.only_second + d.both for d in found) == counted(second)
+    assert (first == second) == all(d.only_first == d.only_second == 0 for d in found)
+
+
+def counted(selection):
+    return sum(s.n_elements for _, slices in selection.by_component() for s in slices)
+
+
+def test_together_says_which_part_learns_without_being_named():
+    assert chosen("layers | head", "gpt2", ties="together").pulled_in == (("head", "embed"),)
+    assert chosen("layers | head | embed", "gpt2", ties="together").pulled_in == ()
+
+
+def test_bytes_follow_the_type_of_the_tensors():
+    anatomy = tiny.anatomy("llama")
+    half = replace(anatomy, tensors=tuple(replace(t, dtype="bfloat16") for t in anatomy.tensors))
+    assert select(anatomy, "ffn.up").n_bytes == 2 * select(half, "ffn.up").n_bytes == 3 * 48 * 32 * 4
 
 
 # --- ties -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from frostline.anatomy.access import fingerprint, put, take
 from frostline.anatomy.component import (
     Anatomy,
     Component,
+    Cut,
     TensorInfo,
     anatomy_from_json,
     anatomy_to_json,
@@ -15,6 +16,7 @@ from frostline.anatomy.modules import module_of
 from frostline.anatomy.prove import BlockProof, Proof, prove, prove_model
 from frostline.anatomy.read import anatomy_of_parts, list_tensors, read_anatomy
 from frostline.anatomy.slices import (
+    Neighbours,
     Slice,
     intersect,
     intersect_all,
@@ -32,7 +34,9 @@ __all__ = [
     "Anatomy",
     "BlockProof",
     "Component",
+    "Cut",
     "Proof",
+    "Neighbours",
     "Slice",
     "TensorInfo",
     "anatomy_from_json",

@@ -1,21 +1,21 @@
 """Reading one block: its norms by what they feed, its branches by what they are, and every tensor inside them.
 
 A branch is found by its module's class; a tensor inside a branch gets the field's name where `families` knows its
-attribute, and keeps its attribute's name where not. Packed q/k/v and packed experts are cut into slices where the
-layout is known; where it is not, the packed tensor is one part (`attn.qkv`). Read `BlockReader.read` first.
+attribute, and keeps its attribute's name where not. Packed projections and packed experts are cut into slices where
+`layouts` knows how; where it does not, the packed tensor is one part (`attn.qkv`). Read `BlockReader.read` first.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
 
 from torch import nn
 
 from frostline.anatomy import families
 from frostline.anatomy.component import TensorInfo
-from frostline.anatomy.slices import Slice, part, whole
+from frostline.anatomy.layouts import Axes, expert_slices, expert_tensors, head_sizes, packing_of, projection_axes
+from frostline.anatomy.slices import Slice, whole
 
 Named = tuple[str, tuple[Slice, ...]]
 """A component name and slices for it; several may name the same component."""
@@ -28,6 +28,10 @@ class BlockReader:
         self.at, self.name, self.root, self.model_type = at, name, block, model_type
         self.tensors = [t for t in tensors if t.name.startswith(name + ".")]
         self.shapes = {t.name: t.shape for t in self.tensors}
+        self.axes: dict[str, Axes] = {}
+        """Expert tensor → the dimensions of its outputs and inputs; filled by `read`."""
+        self.n_heads: dict[str, int] = {}
+        """Attention branch (`layers[3].attn`) → number of query heads; filled by `read`."""
 
     def read(self) -> Iterator[Named]:
         """Every part of the block, in the order of the forward pass."""
@@ -128,6 +132,7 @@ class BlockReader:
     def branch(self, role: str, kind: str, module: nn.Module, path: str) -> Iterator[tuple[str, tuple[Slice, ...]]]:
         """Everything inside a branch."""
         if kind == "attn":
+            self.find_heads(role, module)
             yield from self.named_parts(role, module, path, families.ATTENTION_PARTS)
         elif kind == "ffn" and any(n in families.EXPERTS or n in families.ROUTERS for n, _ in module.named_children()):
             yield from self.moe(role, module, path)
@@ -137,6 +142,13 @@ class BlockReader:
             yield from self.named_parts(role, module, path, families.LINEAR_ATTENTION_PARTS)
         else:
             yield from self.named_parts(role, module, path, {})
+
+    def find_heads(self, role: str, module: nn.Module) -> None:
+        """Note the number of query heads of an attention branch, where it or a module it wraps says so."""
+        inner = next((m for m in (module, *module.children()) if head_sizes(m)), None)
+        sizes = head_sizes(inner) if inner is not None else None
+        if sizes:
+            self.n_heads[f"{self.at}.{role}"] = sizes.n_heads
 
     def named_parts(
         self, role: str, module: nn.Module, path: str, names: dict[str, str]
@@ -151,36 +163,51 @@ class BlockReader:
             if not self.has_tensors(here):
                 continue
             known = names.get(name)
-            if known == "qkv":
-                yield from self.packed_qkv(role, name, child, here)
-            elif known is None and any(n in names for n, _ in child.named_children()):
+            if name == "experts" and names is families.ATTENTION_PARTS:
+                yield from self.named_parts(role, child, here, families.ATTENTION_EXPERT_PARTS)
+            elif name in families.ATTENTION_HELPERS:
+                yield from self.named_parts(f"{role}.{name}", child, here, {})
+            elif known in (None, "qkv") and any(n in names for n, _ in child.named_children()):
                 yield from self.named_parts(role, child, here, names)  # a wrapper such as GPT-Neo's `attn.attention`
             else:
-                yield f"{role}.{known or _own_name(name)}", self.inside(here)
+                yield from self.projection(role, known or _own_name(name), module, name, here)
 
-    def packed_qkv(
-        self, role: str, attribute: str, module: nn.Module, path: str
+    def projection(
+        self, role: str, name: str, module: nn.Module, attribute: str, path: str
     ) -> Iterator[tuple[str, tuple[Slice, ...]]]:
-        """q, k and v of a packed projection, where all outputs of one follow all of another; else `qkv` as a whole."""
+        """A projection of a branch: one part, or several where it is packed."""
         tensors = [t for t in self.tensors if t.name.startswith(path + ".")]
-        equal_thirds = attribute == "c_attn" and all(t.shape[_out_dim(module, t)] % 3 == 0 for t in tensors)
-        if not equal_thirds:
-            yield f"{role}.qkv", self.inside(path)
+        weight = next((t for t in tensors if t.name.endswith("weight") and not families.ADAPTERS.search(t.name)), None)
+        n = weight.shape[self.out_dim(weight)] if weight and weight.shape else 0
+        packing = packing_of(self.model_type, module, attribute, name, n)
+        if packing is None:
+            yield f"{role}.{name}", self.inside(path)
             return
         for tensor in tensors:
-            dim = _out_dim(module, tensor)
-            third = tensor.shape[dim] // 3
-            for part_name, indices in zip("qkv", _consecutive(third, third, third), strict=True):
-                yield f"{role}.{part_name}", (part(tensor.name, tensor.shape, dim, indices),)
+            dim = self.out_dim(tensor)
+            if dim >= len(tensor.shape) or tensor.shape[dim] != n:
+                yield f"{role}.{name}", self.slices(tensor.name)  # an adapter's, or the scales of a quantised weight
+                continue
+            for part, indices in packing.indices().items():
+                index = tuple(indices if d == dim else (range(size),) for d, size in enumerate(tensor.shape))
+                yield f"{role}.{part}", (Slice(tensor.name, index),)
+
+    def out_dim(self, tensor: TensorInfo) -> int:
+        """The dimension of a projection's outputs."""
+        holder = self.root.get_submodule(tensor.name[len(self.name) + 1 :].rpartition(".")[0])
+        return projection_axes(holder, tensor.shape)[0] or 0
 
     def moe(self, role: str, module: nn.Module, path: str) -> Iterator[tuple[str, tuple[Slice, ...]]]:
         """Router, experts and shared expert of a mixture of experts."""
         for name in self.direct(module):
             target = "router" if name in families.ROUTER_BUFFERS else _own_name(name)
             yield f"{role}.{target}", self.slices(f"{path}.{name}")
+        parallel = [n for n, child in module.named_children() if type(child).__name__.endswith("ParallelExperts")]
+        if parallel:
+            yield from self.packed_experts(role, module, path, parallel)
         for name, child in module.named_children():
             here = f"{path}.{name}"
-            if not self.has_tensors(here):
+            if not self.has_tensors(here) or name in parallel:
                 continue
             if name in families.ROUTERS:
                 yield f"{role}.router", self.inside(here)
@@ -189,7 +216,7 @@ class BlockReader:
             elif name in families.SHARED_EXPERTS:
                 yield from self.shared(f"{role}.shared_expert", child, here)
             else:
-                yield f"{role}.{families.FFN_PARTS.get(name, _own_name(name))}", self.inside(here)
+                yield from self.projection(role, families.FFN_PARTS.get(name, _own_name(name)), module, name, here)
 
     def sequential_ffn(self, module: nn.Sequential, path: str) -> Iterator[tuple[str, tuple[Slice, ...]]]:
         """A bare sequence of a linear layer, a nonlinearity and a linear layer."""
@@ -208,12 +235,22 @@ class BlockReader:
             for j, expert in enumerate(module):
                 yield from self.named_parts(f"{role}.experts[{j}]", expert, f"{path}.{j}", families.FFN_PARTS)
             return
-        packed = {t.name.rpartition(".")[2]: t for t in self.tensors if t.name.startswith(path + ".")}
-        plain = set(packed) == {"gate_up_proj", "down_proj"} and not getattr(module, "is_transposed", False)
-        if plain and getattr(module, "is_concatenated", True) and _gate_up_fits(*packed.values()):
-            yield from _packed_experts(role, packed["gate_up_proj"], packed["down_proj"])
-        else:
-            yield f"{role}.experts", self.inside(path)
+        yield from self.packed_experts(role, module, path, ("",))
+
+    def packed_experts(
+        self, role: str, module: nn.Module, path: str, below: Sequence[str]
+    ) -> Iterator[tuple[str, tuple[Slice, ...]]]:
+        """Experts in tensors that hold all of them, in the children `below` of a module (`""` for all)."""
+        inside = tuple(f"{path}.{name}." if name else f"{path}." for name in below)
+        names = {t.name[len(path) + 1 :]: t.name for t in self.tensors if t.name.startswith(inside)}
+        shapes = {own: self.shapes[name] for own, name in names.items()}
+        layout = expert_tensors(module, shapes)
+        if layout is None:
+            yield f"{role}.experts", tuple(whole(name, self.shapes[name]) for name in names.values())
+            return
+        self.axes |= {names[own]: tensor.axes for own, tensor in layout.items()}
+        for j, part, piece in expert_slices(layout, shapes, names):
+            yield f"{role}.{part}" if j is None else f"{role}.experts[{j}].{part}", (piece,)
 
     @staticmethod
     def direct(module: nn.Module) -> list[str]:
@@ -250,30 +287,3 @@ def _block_order() -> list[str]:
 def _own_name(name: str) -> str:
     """An attribute as a step of a component's name: no leading digit, and no name that means something else."""
     return f"part_{name}" if name[0].isdigit() else families.RESERVED.get(name, name)
-
-
-def _out_dim(module: nn.Module, tensor: TensorInfo) -> int:
-    """The dimension of a projection's outputs: the last one for GPT-2's `Conv1D`, whose weight is (inputs, outputs)."""
-    return len(tensor.shape) - 1 if type(module).__name__ == "Conv1D" else 0
-
-
-def _consecutive(*widths: int) -> list[range]:
-    return [range(a, b) for a, b in pairwise(accumulate(widths, initial=0))]
-
-
-def _gate_up_fits(first: TensorInfo, second: TensorInfo) -> bool:
-    gate_up, down = sorted((first, second), key=lambda t: t.name.endswith("down_proj"))
-    if len(gate_up.shape) != 3 or len(down.shape) != 3:
-        return False
-    n_experts, two_width, hidden = gate_up.shape
-    return down.shape == (n_experts, hidden, two_width // 2)
-
-
-def _packed_experts(role: str, gate_up: TensorInfo, down: TensorInfo) -> Iterator[Named]:
-    """`gate_up_proj` (experts, 2·width, hidden): gate rows, then up rows; `down_proj` (experts, hidden, width)."""
-    n_experts, two_width, hidden = gate_up.shape
-    for j in range(n_experts):
-        here = f"{role}.experts[{j}]"
-        for name, rows in zip(("gate", "up"), _consecutive(two_width // 2, two_width // 2), strict=True):
-            yield f"{here}.{name}", (Slice(gate_up.name, ((range(j, j + 1),), (rows,), (range(hidden),))),)
-        yield f"{here}.down", (part(down.name, down.shape, 0, range(j, j + 1)),)

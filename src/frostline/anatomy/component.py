@@ -1,20 +1,20 @@
 """Components: the named parts of a model, and the anatomy that lists them all.
 
 A component is backed by one or more slices of parameters and buffers. An anatomy's components partition every
-parameter and buffer name of the model: `Anatomy` refuses to exist otherwise. Plain data, no torch; how it is read
-from a model is `read.py`.
+parameter and buffer name of the model: `Anatomy` refuses to exist otherwise. Cuts divide components further, into
+heads, neurons and rows. Plain data, no torch; how it is read from a model is `read.py`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-from frostline.anatomy.slices import Slice, slice_from_json, slice_to_json, subtract_all, whole
+from frostline.anatomy.slices import Slice, compress, overlap, slice_from_json, slice_to_json, whole
 from frostline.errors import AnatomyError
 
 Segment = tuple[str, int | None]
@@ -39,6 +39,12 @@ class TensorInfo:
     def n_elements(self) -> int:
         """Number of elements."""
         return whole(self.name, self.shape).n_elements
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes per element, from the number of bits in the type's name."""
+        bits = re.search(r"\d+", self.dtype)
+        return max(int(bits[0]) // 8, 1) if bits else 1
 
     @property
     def is_quantised(self) -> bool:
@@ -71,6 +77,40 @@ class Component:
         return self.path[-1][0].endswith("norm")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """A second way to divide a part: its attention heads, its neurons, its rows. Members lie across components.
+
+    Member `i` holds the `i`-th of `n` equal, consecutive chunks of every piece's own indices along one dimension.
+    """
+
+    name: str
+    """Such as `layers[3].attn.heads`, `layers[3].ffn.neurons`, `embed.rows`."""
+    n: int
+    """Number of members."""
+    pieces: tuple[tuple[Slice, int], ...]
+    """Slices and the dimension that each is cut along."""
+
+    @property
+    def path(self) -> tuple[Segment, ...]:
+        """The name's steps, outermost first."""
+        return parse_path(self.name)
+
+    def members(self, chosen: Iterable[int]) -> tuple[Slice, ...]:
+        """The slices that hold the chosen members (0-based) and nothing else."""
+        wanted = sorted(set(chosen))
+        if len(wanted) == self.n:
+            return tuple(piece for piece, _ in self.pieces)
+        return tuple(_chunks(piece, dim, self.n, wanted) for piece, dim in self.pieces)
+
+
+def _chunks(piece: Slice, dim: int, n: int, wanted: Sequence[int]) -> Slice:
+    indices = [i for r in piece.index[dim] for i in r]
+    width = len(indices) // n
+    taken = compress(i for chunk in wanted for i in indices[chunk * width : (chunk + 1) * width])
+    return Slice(piece.tensor, (*piece.index[:dim], taken, *piece.index[dim + 1 :]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """The ordered, complete, non-overlapping components of one model."""
@@ -80,11 +120,14 @@ class Anatomy:
     components: tuple[Component, ...]
     tensors: tuple[TensorInfo, ...]
     """Every name of a parameter or buffer, tied names included, in the model's order."""
+    cuts: tuple[Cut, ...] = ()
+    """Heads, neurons and rows: they divide components and are none themselves."""
 
     def __post_init__(self) -> None:
         for component in self.components:
             parse_path(component.name)
         check_partition(self.components, self.tensors)
+        check_cuts(self.cuts, self.tensors)
 
     @cached_property
     def tensor(self) -> dict[str, TensorInfo]:
@@ -181,10 +224,22 @@ def check_partition(components: tuple[Component, ...], tensors: tuple[TensorInfo
         n_held, n_all = sum(s.n_elements for s in slices), whole(name, shape).n_elements
         if n_held < n_all:
             problems.append(f"{name} {shape}: {n_all - n_held} of {n_all} elements belong to no component")
-        elif n_held > n_all or subtract_all((whole(name, shape),), slices):
+        elif n_held > n_all or overlap(slices):
             problems.append(f"{name} {shape}: some elements belong to two components")
     if problems:
         raise AnatomyError("the components do not partition the model:\n  " + "\n  ".join(problems))
+
+
+def check_cuts(cuts: tuple[Cut, ...], tensors: tuple[TensorInfo, ...]) -> None:
+    """Raise `AnatomyError` unless every cut divides slices of the model's tensors into equal chunks."""
+    shapes = {t.name: t.shape for t in tensors}
+    for cut in cuts:
+        for piece, dim in cut.pieces:
+            shape = shapes.get(piece.tensor)
+            if shape is None or len(piece.index) != len(shape) or reaches_outside(piece, shape):
+                raise AnatomyError(f"{cut.name} cuts what the model does not have: {piece}")
+            if cut.n < 1 or not 0 <= dim < len(shape) or piece.shape[dim] % cut.n:
+                raise AnatomyError(f"{cut.name}: dimension {dim} of {piece} does not divide into {cut.n} equal chunks")
 
 
 def anatomy_to_json(anatomy: Anatomy) -> dict[str, Any]:
@@ -201,6 +256,10 @@ def anatomy_to_json(anatomy: Anatomy) -> dict[str, Any]:
             }
             for c in anatomy.components
         ],
+        "cuts": [
+            {"name": c.name, "n": c.n, "pieces": [{**slice_to_json(s), "dim": dim} for s, dim in c.pieces]}
+            for c in anatomy.cuts
+        ],
         "tensors": [asdict(t) for t in anatomy.tensors],
         "ties": [{"component": a, "tied_to": b} for a, b in anatomy.tied_components],
     }
@@ -214,4 +273,8 @@ def anatomy_from_json(data: Mapping[str, Any]) -> Anatomy:
             Component(name=c["name"], slices=tuple(map(slice_from_json, c["slices"]))) for c in data["components"]
         ),
         tensors=tuple(TensorInfo(**{**t, "shape": tuple(t["shape"])}) for t in data["tensors"]),
+        cuts=tuple(
+            Cut(name=c["name"], n=c["n"], pieces=tuple((slice_from_json(p), p["dim"]) for p in c["pieces"]))
+            for c in data["cuts"]
+        ),
     )

@@ -44,12 +44,45 @@ ATTENTION_PARTS: dict[str, str] = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o", "c_proj": "o", "dense": "o",
     "Wq": "q", "Wk": "k", "Wv": "v", "q": "q", "k": "k", "v": "v", "project_q": "q", "project_k": "k",
     "project_v": "v", "attention_out": "o", "dense_bias": "o",
-    "Wo": "o", "experts": "mixture",
+    "Wo": "o", "gate_proj": "gate", "g_proj": "gate",
     "c_attn": "qkv", "qkv_proj": "qkv", "query_key_value": "qkv", "Wqkv": "qkv",
+    "q_a_proj": "q.a", "q_a_layernorm": "q.a_norm", "q_a_norm": "q.a_norm", "q_b_proj": "q.b", "q_gate_proj": "q.b",
+    "kv_a_proj_with_mqa": "kv.a", "kv_a_layernorm": "kv.a_norm", "kv_b_proj": "kv.b", "kv_proj": "kv",
+    "o_a_proj": "o.a", "o_b_proj": "o.b", "v_proj_current": "v.current", "v_proj_delayed": "v.delayed",
     "q_norm": "q_norm", "k_norm": "k_norm", "q_layernorm": "q_norm", "k_layernorm": "k_norm",
     "query_layernorm": "q_norm", "key_layernorm": "k_norm", "attn_sub_norm": "o_norm",
 }  # fmt: skip
 """Attribute of an attention module → part of `attn`; other attributes keep their own name."""
+
+ATTENTION_EXPERT_PARTS: dict[str, str] = {
+    "input_linear": "q", "output_linear": "o", "bias": "o", "router": "mixture_router"
+}  # fmt: skip
+"""Attribute of a mixture of attention heads (JetMoE) → part of `attn`."""
+
+PACKED: dict[str, str] = {
+    "c_attn": "consecutive", "qkv_proj": "consecutive", "Wqkv": "consecutive", "query_key_value": "grouped",
+    "kv_a_proj_with_mqa": "latent kv", "kv_b_proj": "kv from latent",
+    "q_proj": "query and gate", "q_gate_proj": "low-rank query and gate",
+}  # fmt: skip
+"""Attribute of an attention projection → how its outputs may be packed (`layouts.py`); sizes that do not fit mean it
+is not."""
+
+PACKED_BY_TYPE: dict[tuple[str, str], str] = {
+    ("codegen", "qkv_proj"): "four blocks",
+    ("gpt_bigcode", "c_attn"): "grouped",
+    ("jetmoe", "kv_proj"): "key and value",
+    ("minimax", "qkv_proj"): "grouped",
+}
+"""(model type, attribute) → the same, where an attribute is packed otherwise than everywhere."""
+
+ATTENTION_HELPERS = ("indexer", "compressor")
+"""Attributes of attention modules that choose or condense what is attended to: a part of their own in `attn`."""
+
+EXPERT_TENSORS: dict[str, str] = {
+    "gate_up_proj": "gate_up", "gate_up_proj_bias": "gate_up", "up_proj": "up", "up_proj_bias": "up",
+    "down_proj": "down", "down_proj_bias": "down", "input_linear.weight": "gate_up", "output_linear.weight": "down",
+}  # fmt: skip
+"""Tensor that holds a part of every expert, by its name below the experts' module → the part."""
 
 FFN_PARTS: dict[str, str] = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "c_fc": "up", "c_proj": "down", "fc1": "up",
@@ -73,7 +106,9 @@ SHARED_EXPERTS = ("shared_expert", "shared_experts", "shared_mlp")
 """Attributes of a mixture-of-experts module or block that hold the expert every token visits."""
 
 LINEAR_ATTENTION_PARTS = {
-    n: r for n, r in ATTENTION_PARTS.items() if n in ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q", "k", "v")
+    n: r
+    for n, r in ATTENTION_PARTS.items()
+    if n in ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q", "k", "v", "qkv_proj")
 }
 """Attribute of a linear-attention module → part of `linear_attn`."""
 
@@ -82,7 +117,6 @@ RESERVED: dict[str, str] = {
     "bias": "own_bias",
     "all": "all_",
     "mixer": "mixer_",
-    "experts": "mixture",
 }
 """Own names that would hide a group or a part of the field's → what they are called instead."""
 

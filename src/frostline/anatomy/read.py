@@ -19,6 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from frostline.anatomy import families
 from frostline.anatomy.blocks import BlockReader, Named, is_norm
 from frostline.anatomy.component import Anatomy, Component, TensorInfo
+from frostline.anatomy.cuts import cuts_of
+from frostline.anatomy.layouts import Axes, projection_axes
 from frostline.anatomy.slices import Slice, whole
 from frostline.errors import AnatomyError
 
@@ -40,7 +42,9 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         raise AnatomyError(
             f"{reader.model_type}: {len(unknown)} tensors are not understood:\n  " + "\n  ".join(unknown)
         )
-    return Anatomy(model_type=reader.model_type, components=_joined(named), tensors=tensors)
+    components = _joined(named)
+    cuts = tuple(cuts_of(components, tensors, reader.axes, reader.n_heads))
+    return Anatomy(model_type=reader.model_type, components=components, tensors=tensors, cuts=cuts)
 
 
 def anatomy_of_parts(module: nn.Module, parts: Mapping[str, Sequence[str]]) -> Anatomy:
@@ -142,13 +146,22 @@ class _ModelReader:
         self.model = model
         self.tensors = tensors
         self.model_type: str = model.config.model_type  # type: ignore[union-attr, assignment]
+        self.axes: dict[str, Axes] = {
+            t.name: projection_axes(model.get_submodule(t.name.rpartition(".")[0]), t.shape) for t in tensors
+        }
+        """Tensor → dimensions of its outputs and inputs."""
+        self.n_heads: dict[str, int] = {}
+        """Attention branch → number of its query heads; filled by `read`."""
 
     def read(self) -> Iterator[Named]:
         blocks = find_blocks(self.model)
         before, after = self.outside([name for name, _ in blocks])
         yield from before
         for i, (name, block) in enumerate(blocks):
-            yield from BlockReader(f"layers[{i}]", name, block, self.tensors, self.model_type).read()
+            block_reader = BlockReader(f"layers[{i}]", name, block, self.tensors, self.model_type)
+            yield from block_reader.read()
+            self.axes |= block_reader.axes
+            self.n_heads |= block_reader.n_heads
         yield from after
 
     def outside(self, blocks: Sequence[str]) -> tuple[list[Named], list[Named]]:

@@ -56,8 +56,13 @@ def intersect(a: Slice, b: Slice) -> Slice | None:
     """The elements in both, or None when there are none."""
     if a.tensor != b.tensor:
         return None
-    index = tuple(_intersect_indices(x, y) for x, y in zip(a.index, b.index, strict=True))
-    return Slice(a.tensor, index) if all(index) else None
+    index = []
+    for x, y in zip(a.index, b.index, strict=True):
+        common = _intersect_indices(x, y)
+        if not common:
+            return None
+        index.append(common)
+    return Slice(a.tensor, tuple(index))
 
 
 def subtract(a: Slice, b: Slice) -> tuple[Slice, ...]:
@@ -76,15 +81,13 @@ def subtract(a: Slice, b: Slice) -> tuple[Slice, ...]:
 def subtract_all(slices: Iterable[Slice], taken: Iterable[Slice]) -> tuple[Slice, ...]:
     """The elements of disjoint `slices` that none of `taken` holds."""
     taken = tuple(taken)
-    same = set(taken)
-    rest = [s for s in slices if s not in same]
-    by_tensor: dict[str, list[Slice]] = {}
-    for t in taken:
-        by_tensor.setdefault(t.tensor, []).append(t)
+    same, near = set(taken), Neighbours(taken)
     out: list[Slice] = []
-    for s in rest:
+    for s in slices:
+        if s in same:
+            continue
         pieces: tuple[Slice, ...] = (s,)
-        for t in by_tensor.get(s.tensor, ()):
+        for t in near.of(s):
             pieces = tuple(p for piece in pieces for p in subtract(piece, t))
         out.extend(pieces)
     return tuple(out)
@@ -93,27 +96,62 @@ def subtract_all(slices: Iterable[Slice], taken: Iterable[Slice]) -> tuple[Slice
 def intersect_all(slices: Iterable[Slice], other: Iterable[Slice]) -> tuple[Slice, ...]:
     """The elements of disjoint `slices` that one of the disjoint `other` holds too."""
     other = tuple(other)
-    same = set(other)
-    by_tensor: dict[str, list[Slice]] = {}
-    for t in other:
-        by_tensor.setdefault(t.tensor, []).append(t)
+    same, near = set(other), Neighbours(other)
     out: list[Slice] = []
     for s in slices:
         if s in same:
             out.append(s)
         else:
-            out.extend(c for t in by_tensor.get(s.tensor, ()) if (c := intersect(s, t)) is not None)
+            out.extend(c for t in near.of(s) if (c := intersect(s, t)) is not None)
     return tuple(out)
+
+
+def overlap(slices: Iterable[Slice]) -> bool:
+    """Whether two of the slices share an element."""
+    slices = tuple(slices)
+    near = Neighbours(slices)
+    return len(set(slices)) < len(slices) or any(
+        t != s and intersect(s, t) is not None for s in slices for t in near.of(s)
+    )
+
+
+class Neighbours:
+    """Slices by where they lie, so that what cannot overlap is not compared: a layer may have 512 of one tensor."""
+
+    def __init__(self, slices: Iterable[Slice]) -> None:
+        self._all: dict[str, list[Slice]] = {}
+        self._at: dict[tuple[str, int], list[Slice]] = {}
+        self._spread: dict[str, list[Slice]] = {}
+        for s in slices:
+            self._all.setdefault(s.tensor, []).append(s)
+            row = _single_row(s)
+            if row is None:
+                self._spread.setdefault(s.tensor, []).append(s)
+            else:
+                self._at.setdefault((s.tensor, row), []).append(s)
+
+    def of(self, s: Slice) -> Sequence[Slice]:
+        """The slices of the same tensor that may overlap `s`."""
+        row = _single_row(s)
+        if row is None:
+            return self._all.get(s.tensor, ())
+        here, spread = self._at.get((s.tensor, row), []), self._spread.get(s.tensor, [])
+        return [*here, *spread] if spread else here
+
+
+def _single_row(s: Slice) -> int | None:
+    """The one index that a slice takes of the first dimension, if it is one."""
+    if not s.index or len(s.index[0]) != 1 or len(s.index[0][0]) != 1:
+        return None
+    return s.index[0][0].start
 
 
 def refine(pieces: Iterable[Slice], cutter: Iterable[Slice]) -> tuple[Slice, ...]:
     """The same elements, cut so that each piece lies wholly inside or wholly outside the disjoint `cutter`."""
-    by_tensor: dict[str, list[Slice]] = {}
-    for s in cutter:
-        by_tensor.setdefault(s.tensor, []).append(s)
+    near = Neighbours(cutter)
     out: list[Slice] = []
     for piece in pieces:
-        inside = intersect_all((piece,), by_tensor.get(piece.tensor, ()))
+        inside = intersect_all((piece,), near.of(piece))
         out += [*inside, *subtract_all((piece,), inside)]
     return tuple(out)
 
@@ -167,9 +205,13 @@ def compress(indices: Iterable[int]) -> Indices:
 def _intersect_indices(a: Indices, b: Indices) -> Indices:
     if a == b:
         return a
-    if len(a) == len(b) == 1 and a[0].step == b[0].step == 1:
-        common = range(max(a[0].start, b[0].start), min(a[0].stop, b[0].stop))
-        return (common,) if len(common) else ()
+    if len(a) == len(b) == 1 and a[0].step == b[0].step:
+        if (a[0].start - b[0].start) % a[0].step:
+            return ()
+        common = range(max(a[0].start, b[0].start), min(a[0].stop, b[0].stop), a[0].step)
+        if a[0].step == 1 or len(common) > 2:
+            return (common,) if len(common) else ()
+        return compress(common)
     return compress(_members(a) & _members(b))
 
 

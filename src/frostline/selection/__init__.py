@@ -1,6 +1,18 @@
-"""Selections: what learns, as an expression and as a set of slices. Read `selection.py`, then `grammar.py`."""
+"""Selections: what learns, as an expression and as a set of slices. Read `selection.py`, `resolve.py`, `grammar.py`."""
 
 from frostline.selection.grammar import parse
-from frostline.selection.selection import GROUPS, Match, Selection, known_names, select, selection_to_json
+from frostline.selection.resolve import GROUPS, Match, known_names
+from frostline.selection.selection import Difference, Selection, compare, select, selection_to_json, shared_heads
 
-__all__ = ["GROUPS", "Match", "Selection", "known_names", "parse", "select", "selection_to_json"]
+__all__ = [
+    "GROUPS",
+    "Difference",
+    "Match",
+    "Selection",
+    "compare",
+    "known_names",
+    "parse",
+    "select",
+    "selection_to_json",
+    "shared_heads",
+]

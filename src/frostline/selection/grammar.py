@@ -2,10 +2,11 @@
 
     expr    = term { "|" term }
     term    = factor { ("&" | "-") factor }          left to right
-    factor  = "~" factor | "(" expr ")" | path
+    factor  = "~" factor | "(" expr ")" | path | param
     path    = segment { "." segment }
     segment = name [ "[" item { "," item } "]" ] | "{" name { "," name } "}"
     item    = int | [int] ":" [int] [ ":" [int] ]
+    param   = "param" "(" quoted pattern ")"          a tensor's own name, with *, ? and [abc]
 
 `~` binds tighter than `&` and `-`, these tighter than `|`. Every node keeps its column (0-based), so that errors
 point at the text. Read `parse` first.
@@ -50,6 +51,16 @@ class Path:
 
 
 @dataclass(frozen=True, slots=True)
+class Param:
+    """A leaf: a pattern that the raw names of tensors must match as a whole."""
+
+    text: str
+    column: int
+    pattern: str
+    pattern_column: int
+
+
+@dataclass(frozen=True, slots=True)
 class Complement:
     """`~ x`: everything but x."""
 
@@ -67,14 +78,18 @@ class Binary:
     right: Expr
 
 
-Expr = Path | Complement | Binary
+Leaf = Path | Param
+Expr = Leaf | Complement | Binary
 
-_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<int>[0-9]+)|(?P<sign>[|&~(){}\[\].,:-]))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<int>[0-9]+)|(?P<sign>[|&~(){}\[\].,:-])"
+    r"|\"(?P<double>[^\"]*)\"|'(?P<single>[^']*)')"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    kind: str  # "name", "int", "end", or the sign itself
+    kind: str  # "name", "int", "quoted", "end", or the sign itself
     text: str
     column: int
 
@@ -100,10 +115,13 @@ class _Parser:
             match = _TOKEN.match(self.text, at)
             if match is None:
                 column = at + len(self.text[at:]) - len(self.text[at:].lstrip())
-                raise self.error(f"unexpected character {self.text[column]!r}", column)
-            kind = match.lastgroup or ""
-            token = match[kind]
-            out.append(_Token(token if kind == "sign" else kind, token, match.start(kind)))
+                quote = self.text[column] in "'\""
+                what = "this quote is not closed" if quote else f"unexpected character {self.text[column]!r}"
+                raise self.error(what, column)
+            group = match.lastgroup or ""
+            token = match[group]
+            kind = {"sign": token, "double": "quoted", "single": "quoted"}.get(group, group)
+            out.append(_Token(kind, token, match.start(group)))
             at = match.end()
         return [*out, _Token("end", "", end)]
 
@@ -159,6 +177,8 @@ class _Parser:
             self.expect(")", f"')' for the '(' at column {token.column + 1}")
             self.depth = with_depth - 1
             return inside
+        if self.token.text == "param" and self.tokens[self.at + 1].kind == "(":
+            return self.param()
         return self.path()
 
     def nested(self, token: _Token) -> int:
@@ -166,6 +186,15 @@ class _Parser:
         if self.depth > MAX_DEPTH:
             raise self.error(f"nested more than {MAX_DEPTH} deep", token.column)
         return self.depth
+
+    def param(self) -> Param:
+        start = self.token.column
+        self.at += 2
+        pattern = self.expect("quoted", 'a quoted name, as in param("model.layers.*.mlp.*")')
+        closing = self.expect(")", "')' after the name")
+        if not pattern.text:
+            raise self.error("a name cannot be empty", pattern.column)
+        return Param(self.text[start : closing.column + 1], start, pattern.text, pattern.column)
 
     def path(self) -> Path:
         start = self.token.column
