@@ -44,12 +44,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Architecture → configuration of a tiny model of it."""
 
+PACKED: dict[str, dict[str, Any]] = {
+    "gpt_neox": {n: v for n, v in SMALL.items() if n != "num_key_value_heads"},
+    "gpt_oss": SMALL | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""The same, of models that pack their tensors in other ways: head by head, gate and up interleaved."""
+
 WORDS = ("frost", "line", "river", "stone", "light", "under", "over", "and", "the", "cold", "warm", "north", "south")
 
 
 def config(architecture: str, **fields: Any) -> dict[str, Any]:
     """The `model` section of a recipe for a tiny model."""
-    return {"architecture": architecture, **FAMILIES[architecture], **fields}
+    return {"architecture": architecture, **(FAMILIES | PACKED)[architecture], **fields}
 
 
 @lru_cache(maxsize=32)

@@ -58,6 +58,10 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         ("gpt2", "layers[1].attn.{k,v} | layers[0].ffn.up"),
         ("mixtral", "experts[1]"),
         ("mixtral", "experts[0,2].gate | router"),
+        ("gpt2", "layers[::2].attn.heads[1,3]"),
+        ("gpt_neox", "attn.heads[2] | ffn.neurons[5:40:7]"),
+        ("gpt_oss", "experts[1,3].gate | kv_heads[1]"),
+        ("llama", "ffn.neurons[40:] | head.rows[::2]"),
     ],
 )
 def test_everything_outside_the_selection_keeps_its_bytes(
