@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from frostline.anatomy import Anatomy, Proof
+from frostline.anatomy import Anatomy, Proof, SliceProof, parse_path
 from frostline.audit import FAILED, Audit, Diff, Row
 from frostline.engine import Evaluated, Event, RunStarted, StageEnded, StageStarted, StepDone
 from frostline.experiment.claims import Claims
@@ -85,8 +85,22 @@ def proof_table(proof: Proof) -> Group:
         table.add_row(", ".join(map(str, layers)), *row)
     notes = "".join(f"\nknown: {e}" for e in proof.exceptions)
     return Group(
-        Text(f"proved on a tiny {proof.model_type} with the same flags, {len(proof.blocks)} layers{notes}"), table
+        Text(f"proved on a tiny {proof.model_type} with the same flags, {len(proof.blocks)} layers{notes}"),
+        table,
+        *([_slice_proof(proof.slices)] if proof.slices else []),
     )
+
+
+def _slice_proof(proof: SliceProof) -> Text:
+    """What was measured below the tensors, in words."""
+    what = {
+        "attn": "queries, keys and values", "gate": "gate and up", "experts": "single experts", "heads": "heads",
+        "kv_heads": "key/value heads", "neurons": "neurons", "linear_attn": "no softmax in linear attention",
+    }  # fmt: skip
+    found = dict.fromkeys(what[last] for n in proof.measured if (last := parse_path(n)[-1][0]) in what)
+    lines = [f"element by element, in one layer of each kind: {', '.join(found) or 'nothing'}"]
+    lines += [f"known: {e}" for e in proof.exceptions] + [f"not measured: {u}" for u in proof.unmeasured]
+    return Text("\n".join(lines))
 
 
 def selection_table(selection: Selection) -> Group:

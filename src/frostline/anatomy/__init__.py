@@ -15,6 +15,7 @@ from frostline.anatomy.component import (
 from frostline.anatomy.modules import module_of
 from frostline.anatomy.prove import BlockProof, Proof, prove, prove_model
 from frostline.anatomy.read import anatomy_of_parts, list_tensors, read_anatomy
+from frostline.anatomy.slice_proof import SliceProof, prove_slices
 from frostline.anatomy.slices import (
     Neighbours,
     Slice,
@@ -35,9 +36,10 @@ __all__ = [
     "BlockProof",
     "Component",
     "Cut",
-    "Proof",
     "Neighbours",
+    "Proof",
     "Slice",
+    "SliceProof",
     "TensorInfo",
     "anatomy_from_json",
     "anatomy_of_parts",
@@ -53,6 +55,7 @@ __all__ = [
     "part",
     "prove",
     "prove_model",
+    "prove_slices",
     "put",
     "reaches_outside",
     "read_anatomy",

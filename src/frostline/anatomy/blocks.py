@@ -81,6 +81,10 @@ class BlockReader:
                 yield f"residual.{name}", self.inside(here)
             elif name in families.SHARED_EXPERTS:
                 yield from self.shared("ffn.shared_expert", child, here)
+            elif name in families.EXPERTS:
+                yield from self.experts("ffn", child, here)
+            elif name == "router":
+                yield "ffn.router", self.inside(here)
             elif name in families.BLOCK_LINEARS:
                 yield families.BLOCK_LINEARS[name], self.inside(here)
             elif kind == "attn" and families.CROSS_ATTENTION.search(name):
@@ -147,7 +151,7 @@ class BlockReader:
         """Note the number of query heads of an attention branch, where it or a module it wraps says so."""
         inner = next((m for m in (module, *module.children()) if head_sizes(m)), None)
         sizes = head_sizes(inner) if inner is not None else None
-        if sizes:
+        if sizes and self.model_type not in families.NO_HEADS:
             self.n_heads[f"{self.at}.{role}"] = sizes.n_heads
 
     def named_parts(

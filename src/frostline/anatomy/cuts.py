@@ -19,8 +19,10 @@ CUTS = ("heads", "kv_heads", "neurons", "rows")
 """Every kind of cut."""
 
 _ROW_OWNERS = ("embed", "head", "position")
-_EXTRAS = ("gate", "sinks")
-"""Further parts of attention with as many rows as there are heads, or as many as their outputs."""
+_EXTRAS = ("gate", "gate_bias", "sinks", "o_norm")
+"""Further parts of attention that belong to query heads: as many rows as there are heads, or as their outputs."""
+_KV_EXTRAS = ("A", "dt_proj")
+"""Further parts of attention that belong to key/value heads: as many rows as there are."""
 
 Pieces = tuple[tuple[Slice, int], ...]
 
@@ -79,7 +81,8 @@ def _heads(branch: str, parts: Mapping[str, Component], n: int, reader: _Reader)
     own += tuple((s, dim) for s, dim in extras if s.shape[dim] in (n, width))
     n_kv = _n_kv(query, key, n) if "k.b" not in parts else n
     if key and value and n_kv and _divide((*key, *value), n_kv):
-        shared = (*key, *_norm(parts, "k_norm", key, reader), *value)
+        more = reader.along(_of(parts, *_KV_EXTRAS), 0)
+        shared = (*key, *_norm(parts, "k_norm", key, reader), *value, *((s, d) for s, d in more if s.shape[d] == n_kv))
         if n_kv == n:
             own += shared
         yield Cut(name=f"{branch}.heads", n=n, pieces=own)
@@ -98,9 +101,9 @@ def _n_kv(query: Pieces, key: Pieces, n: int) -> int | None:
 
 
 def _norm(parts: Mapping[str, Component], name: str, projection: Pieces, reader: _Reader) -> Pieces:
-    """A norm over all heads at once has weights per head; one that all heads share has none."""
+    """A norm over all heads at once, or with a row per head, has weights per head; one that all share has none."""
     (s, dim), pieces = projection[0], reader.along([parts.get(name)], 0)
-    return tuple((p, d) for p, d in pieces if p.shape[d] == s.shape[dim])
+    return tuple((p, d) for p, d in pieces if s.shape[dim] in (p.shape[d], p.n_elements))
 
 
 def _neurons(branch: str, parts: Mapping[str, Component], reader: _Reader) -> Iterator[Cut]:

@@ -24,7 +24,7 @@ BRANCH_CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("container", re.compile(r"DecoderLayer$|AttentionBlock$|FFNBlock$")),
     (
         "linear_attn",
-        re.compile(r"Linear.*Attention|Lightning|Delta(Net|Attention|Rule)|RwkvSelfAttention|xLSTMLayer|KDA"),
+        re.compile(r"(?<!Kimi)Linear.*Attention|Lightning|Delta(Net|Attention|Rule)|RwkvSelfAttention|xLSTMLayer|KDA"),
     ),
     ("ssm", re.compile(r"Mamba|RecurrentBlock|SSM|Mixer$")),
     ("conv", re.compile(r"ShortConv")),
@@ -49,6 +49,8 @@ ATTENTION_PARTS: dict[str, str] = {
     "q_a_proj": "q.a", "q_a_layernorm": "q.a_norm", "q_a_norm": "q.a_norm", "q_b_proj": "q.b", "q_gate_proj": "q.b",
     "kv_a_proj_with_mqa": "kv.a", "kv_a_layernorm": "kv.a_norm", "kv_b_proj": "kv.b", "kv_proj": "kv",
     "o_a_proj": "o.a", "o_b_proj": "o.b", "v_proj_current": "v.current", "v_proj_delayed": "v.delayed",
+    "k_sconv": "k.conv", "v_sconv": "v.conv", "q_l2_clip": "q.clip",
+    "conv_qk_depthwise": "qk_depthwise", "conv_qk_grouped": "qk_grouped",
     "q_norm": "q_norm", "k_norm": "k_norm", "q_layernorm": "q_norm", "k_layernorm": "k_norm",
     "query_layernorm": "q_norm", "key_layernorm": "k_norm", "attn_sub_norm": "o_norm",
 }  # fmt: skip
@@ -63,6 +65,7 @@ PACKED: dict[str, str] = {
     "c_attn": "consecutive", "qkv_proj": "consecutive", "Wqkv": "consecutive", "query_key_value": "grouped",
     "kv_a_proj_with_mqa": "latent kv", "kv_b_proj": "kv from latent",
     "q_proj": "query and gate", "q_gate_proj": "low-rank query and gate",
+    "conv_qk_depthwise": "convolved query and key", "conv_qk_grouped": "convolved query and key",
 }  # fmt: skip
 """Attribute of an attention projection → how its outputs may be packed (`layouts.py`); sizes that do not fit mean it
 is not."""
@@ -74,6 +77,14 @@ PACKED_BY_TYPE: dict[tuple[str, str], str] = {
     ("minimax", "qkv_proj"): "grouped",
 }
 """(model type, attribute) → the same, where an attribute is packed otherwise than everywhere."""
+
+NO_HEADS: dict[str, str] = {
+    "diffllama": "the outputs of two heads are subtracted from each other before they reach their columns",
+    "zaya": "queries and keys are added to each other",
+    "inkling_text": "relative positions and convolutions belong to heads in tensors of their own",
+    "inkling2_text": "relative positions and convolutions belong to heads in tensors of their own",
+}
+"""Model type → why its attention does not divide into heads by rows and columns."""
 
 ATTENTION_HELPERS = ("indexer", "compressor")
 """Attributes of attention modules that choose or condense what is attended to: a part of their own in `attn`."""

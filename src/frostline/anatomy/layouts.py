@@ -120,6 +120,11 @@ def _low_rank_query_and_gate(sizes: HeadSizes, _: nn.Module, __: int) -> Packing
     return Packing(sizes.n_heads, (("q.b", sizes.qk_dim), ("gate", sizes.v_dim)))
 
 
+def _convolved_query_and_key(sizes: HeadSizes, _: nn.Module, n: int) -> Packing | None:
+    width = sizes.n_heads * sizes.qk_dim
+    return Packing(1, (("q.conv", width), ("k.conv", n - width))) if n > width else None
+
+
 def _key_and_value(_: HeadSizes, __: nn.Module, n: int) -> Packing | None:
     return Packing(1, (("k", n // 2), ("v", n // 2))) if n % 2 == 0 else None
 
@@ -133,6 +138,7 @@ _PACKINGS: dict[str, Callable[[HeadSizes, nn.Module, int], Packing | None]] = {
     "query and gate": _query_and_gate,
     "low-rank query and gate": _low_rank_query_and_gate,
     "key and value": _key_and_value,
+    "convolved query and key": _convolved_query_and_key,
 }
 
 

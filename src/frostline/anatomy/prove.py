@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from frostline.anatomy.component import Anatomy, Component
 from frostline.anatomy.modules import module_of
 from frostline.anatomy.read import find_blocks, read_anatomy
 from frostline.anatomy.shrink import tiny_config
+from frostline.anatomy.slice_proof import SliceProof, prove_slices
 from frostline.errors import AnatomyError
 
 N_TOKENS = 12
@@ -62,6 +63,8 @@ class Proof:
     """Where structure and measurement differ, both sides named."""
     exceptions: tuple[str, ...] = field(default=())
     """Differences that are known and true of the architecture (an RWKV channel mix does look at the token before)."""
+    slices: SliceProof | None = None
+    """What was measured below the tensors; None where only `prove_model` ran."""
 
 
 TRUE_EXCEPTIONS = {("rwkv", "ffn"): "its channel mix looks at the token before (token shift)"}
@@ -80,11 +83,11 @@ def prove(config: Any, *, seed: int = 0) -> Proof:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AnatomyError(f"{config.model_type}: no tiny model can be built to prove it on: {first}") from error
     proof = prove_model(model)
-    if proof.disagreements:
-        raise AnatomyError(
-            f"{proof.model_type}: structure and measurement disagree:\n  " + "\n  ".join(proof.disagreements)
-        )
-    return proof
+    slices = prove_slices(model, read_anatomy(model), seed=seed)
+    wrong = (*proof.disagreements, *slices.disagreements)
+    if wrong:
+        raise AnatomyError(f"{proof.model_type}: structure and measurement disagree:\n  " + "\n  ".join(wrong))
+    return replace(proof, slices=slices)
 
 
 def prove_model(model: nn.Module, *, seed: int = 0) -> Proof:

@@ -217,6 +217,8 @@ class _ModelReader:
             return "final_norm" if only_norm or "embed" not in ".".join(rest) else "embed_norm"
         if path[:1] in (["lm_head"], ["head"]):
             return f"head.{'_'.join(path[1:])}"
+        if rest in (["project_in"], ["project_out"]):  # OPT with embeddings of another width
+            return "embed.project_in" if rest == ["project_in"] else "head.project_out"
         if chain and isinstance(chain[-1], nn.Embedding):
             return f"embed.{'_'.join(rest)}"
         if tensor.kind == "buffer" and own in families.MASKS:

@@ -83,6 +83,8 @@ def shrink_fields(fields: dict[str, Any]) -> dict[str, Any]:
         small["head_dim"] = small["expand"] * small["hidden_size"] // small["num_heads"]
     if {"mamba_d_ssm", "mamba_n_heads", "mamba_d_head"} <= set(small):
         small["mamba_d_head"] = small["mamba_d_ssm"] // small["mamba_n_heads"]
+    if small.get("multi_query") is False and not small.get("new_decoder_architecture") and "num_kv_heads" in small:
+        small["num_kv_heads"] = small["num_attention_heads"]  # Falcon: then every query head has keys of its own
     if "hybrid_layer_ids" in small and "layers_block_type" in small:
         small["hybrid_layer_ids"] = [i for i, kind in enumerate(small["layers_block_type"]) if kind == "hybrid"]
     if {"swa_head_dim", "qk_nope_head_dim"} <= set(small):  # one head width for latent and sliding-window layers
