@@ -15,12 +15,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from frostline.anatomy import Anatomy, Component, Slice, module_of, read_anatomy
+from frostline.anatomy import Anatomy, Component, Slice, module_of, read_anatomy, take
 from frostline.anatomy.component import Cut
+from frostline.anatomy.read import find_blocks
 from frostline.anatomy.shrink import tiny_config
 from frostline.anatomy.slice_capture import Product, Watch, find_branches, run, scaled, touched
 from frostline.anatomy.slice_checks import OTHER_ROLES, TRUE_EXCEPTIONS
-from frostline.anatomy.slice_proof import SliceProof, prove_slices
+from frostline.anatomy.slice_proof import SliceProof, prepare_to_measure, prove_slices
+from frostline.selection import select
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what models of 136 architectures warn about is not ours
 
@@ -387,3 +389,54 @@ def test_attention_that_calls_the_fused_function_is_measured_too() -> None:
             f"{name}.weight",
             f"{name}.bias",
         }
+
+
+# ---- whole branches -------------------------------------------------------------------------------------------------
+
+QUIET = {
+    ("gemma3n_text", "up"): "its sparse activation leaves most neurons out",
+    ("gemma3n_text", "down"): "its sparse activation leaves most neurons out",
+    ("hunyuan_v1_moe", "router"): "its weights over the chosen experts do not depend on the logits' size here",
+    ("phimoe", "router"): "its weights over the chosen experts do not depend on the logits' size here",
+    ("longcat_flash", "unused"): "rows of identity experts, which nothing reads",
+    ("longcat_flash", "gate"): "its first FFN stands before its second attention",
+    ("longcat_flash", "up"): "its first FFN stands before its second attention",
+    ("longcat_flash", "down"): "its first FFN stands before its second attention",
+}
+"""(model type, part) → why its elements change nothing here, or attention too."""
+
+
+@pytest.mark.parametrize("model_type", all_types.DECODERS)
+def test_the_elements_of_the_last_ffn_change_the_blocks_output_and_no_mixers(model_type: str) -> None:
+    model = make(model_type)
+    anatomy = read_anatomy(model)
+    layers = [c.path[0][1] for c in anatomy.components if c.path[0][0] == "layers" and c.path[1][0] == "ffn"]
+    if not layers:
+        return  # a model of state-space mixers only
+    prepare_to_measure(model, anatomy, 0)
+    at, block = f"layers[{layers[-1]}]", find_blocks(model)[layers[-1]][1]
+    mixers = {
+        c.path[1] for c in anatomy.components if c.name.startswith(at) and c.path[1][0] in ("attn", "linear_attn")
+    }
+    modules = [module_of(model, anatomy, f"{at}.{n}" + (f"[{i}]" if i is not None else "")) for n, i in mixers]
+    returned: list[torch.Tensor] = []
+    for module in modules:
+        module.register_forward_hook(
+            lambda _, __, out: returned.append(out[0] if isinstance(out, (tuple, list)) else out)
+        )
+    branch = find_branches(model, {at: block}, 0)[at]
+    returned.clear()
+    output = run(branch)
+    parts = [(c, s) for c, found in select(anatomy, f"{at}.ffn", ties="together").by_component() for s in found]
+    parts = [(c, s) for c, s in parts if c.name.startswith(at) and branch.parameters[s.tensor].requires_grad]
+    names = {s.tensor for _, s in parts}
+    reaches_block = touched(output, names, branch)
+    reaches_mixer = [touched(out, names, branch) for out in returned]
+    wrong = set()
+    for component, s in parts:
+        honest = bool(take(reaches_block[s.tensor], s).all()) and not any(
+            take(m[s.tensor], s).any() for m in reaches_mixer
+        )
+        wrong |= set() if honest else {(model_type, component.path[-1][0])}
+    assert wrong <= set(QUIET), wrong
+    assert {key for key in QUIET if key[0] == model_type} <= wrong, "an exception that is none"

@@ -75,7 +75,7 @@ def _parts(model: nn.Module, anatomy: Anatomy, unmeasured: list[str], seed: int)
     kinds: dict[object, str] = {}
     for name, components in members.items():
         kinds.setdefault(_signature(modules[name], components, _cuts(anatomy, name)), name)
-    _prepare(model, anatomy, seed)
+    prepare_to_measure(model, anatomy, seed)
     try:
         branches = find_branches(model, {name: modules[name] for name in kinds.values()}, seed)
     except NotMeasuredError as why:
@@ -95,7 +95,7 @@ def _parts(model: nn.Module, anatomy: Anatomy, unmeasured: list[str], seed: int)
     ]
 
 
-def _prepare(model: nn.Module, anatomy: Anatomy, seed: int) -> None:
+def prepare_to_measure(model: nn.Module, anatomy: Anatomy, seed: int) -> None:
     """Run eagerly, where that can be set, with weights of which none is zero."""
     model.eval()
     for name in ("set_attn_implementation", "set_experts_implementation"):
