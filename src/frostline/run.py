@@ -21,13 +21,13 @@ from torch import nn
 from frostline.anatomy import Anatomy, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.data import Batch, Document, Rows, encode, read_documents, rows_at, train_byte_bpe
-from frostline.engine import LoopSettings, Observer, next_token_loss, train_loop
+from frostline.engine import LoopSettings, Observer, check_installed, next_token_loss, train_loop
 from frostline.environment import describe_environment, hash_file
 from frostline.errors import DataError, FrostlineError, ModelError, NonFiniteError, RecipeError, SelectionError
 from frostline.model import load_config, load_model, load_skeleton, load_tokenizer, save_model, untie
 from frostline.recipe import Recipe, ScratchModel, TrainedTokenizer, dump_yaml, load_recipe, stage_name
 from frostline.run_folder import RunFolder, State, storage_errors, write_text
-from frostline.schedule import Schedule, Stage
+from frostline.schedule import Schedule, Stage, StepSize, make_groups
 from frostline.selection import Selection, select
 
 
@@ -76,10 +76,9 @@ def train(
     model.to(device)
     check_it_runs(model, prepared, device)
     folder = start_folder(prepared, out)
-    steps = 0
     with stop_on_signal() as stop:
         try:
-            steps = train_loop(
+            done = train_loop(
                 model,
                 prepared.anatomy,
                 prepared.schedule,
@@ -96,10 +95,10 @@ def train(
             folder.write_status("failed", step=folder.read_boundaries()[-1].step, message=str(error))
             raise
         save_result(model, prepared.tokenizer, folder)
-        state: State = "finished" if steps == prepared.schedule.n_steps else "interrupted"
-        folder.write_status(state, step=steps)
+        state: State = "finished" if done.finished else "interrupted"
+        folder.write_status(state, step=done.steps)
         verdict = audit(folder.path)
-    return RunResult(folder=folder.path, state=state, steps=steps, anatomy=prepared.anatomy, audit=verdict)
+    return RunResult(folder=folder.path, state=state, steps=done.steps, anatomy=prepared.anatomy, audit=verdict)
 
 
 def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) -> None:
@@ -128,26 +127,50 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
     if recipe.ties == "untie":
         untie(skeleton)
     anatomy = read_anatomy(skeleton)
-    schedule = make_schedule(recipe, anatomy)
+    selections = make_selections(recipe, anatomy)
     documents = read_documents(recipe.data.train)
     tokenizer = get_tokenizer(recipe, documents, trust_remote_code=trust_remote_code)
     train_rows, held_out_rows = make_rows(recipe, documents, tokenizer)
     return Prepared(
         recipe=recipe,
         anatomy=anatomy,
-        schedule=schedule,
+        schedule=make_schedule(recipe, selections, n_rows=len(train_rows)),
         tokenizer=tokenizer,
         train_rows=train_rows,
         held_out_rows=held_out_rows,
     )
 
 
-def make_schedule(recipe: Recipe, anatomy: Anatomy) -> Schedule:
-    """The recipe's stages with their selections resolved. Raises `RecipeError` naming the stage."""
-    specs = []
+def make_selections(recipe: Recipe, anatomy: Anatomy) -> list[Selection]:
+    """What learns in each stage. Raises `RecipeError` naming the stage: for its selection, its settings by part, or an
+    optimizer that is not installed."""
+    selections = []
     for i, spec in enumerate(recipe.stages):
-        specs.append((stage_name(recipe, i), spec, _select(anatomy, spec.learn, recipe.ties, stage=i)))
-    return Schedule.of(specs)
+        selections.append(_select(anatomy, spec.learn, recipe.ties, stage=i))
+        check_installed(spec.optimizer.name)
+        try:
+            make_groups(selections[-1], spec)
+        except SelectionError as error:
+            raise RecipeError(f"stages[{i}]: {error}") from None
+    return selections
+
+
+def make_schedule(recipe: Recipe, selections: Sequence[Selection], *, n_rows: int) -> Schedule:
+    """The recipe's stages laid one after another. Raises `RecipeError` when a warm-up does not end before its stage."""
+    size = StepSize(tokens=recipe.data.batch * recipe.data.length, rows=recipe.data.batch, n_rows=n_rows)
+    named = [
+        (stage_name(recipe, i), spec, s) for i, (spec, s) in enumerate(zip(recipe.stages, selections, strict=True))
+    ]
+    schedule = Schedule.of(named, step_size=size, across=recipe.lr_across)
+    for stage in schedule.stages:
+        if stage.spec.warmup >= stage.n_steps:
+            raise RecipeError(
+                f"stages[{stage.index}]: warmup ({stage.spec.warmup}) must be shorter than the stage, which has "
+                f"{stage.n_steps} steps of {size.tokens} tokens"
+            )
+    if recipe.lr_across is not None and recipe.lr_across.warmup >= schedule.n_steps:
+        raise RecipeError(f"lr_across: warmup must be shorter than the run, which has {schedule.n_steps} steps")
+    return schedule
 
 
 def _select(anatomy: Anatomy, expression: str, ties: str, *, stage: int) -> Selection:

@@ -6,6 +6,7 @@
     schedule.json             stages: boundaries, settings, the slices that learn
     status.json               running, finished, interrupted or failed, and after which step
     metrics.jsonl             loss, learning rate, gradient norm per step; held-out losses: what the seed determines
+    endings.jsonl             how each stage ended: when, why, what moved, buffers put back
     timing.jsonl              clocks, tokens per second, memory
     evidence/
       boundary-0.json …       SHA-256 of every piece at the start and after each stage
@@ -97,6 +98,7 @@ class RunFolder:
         self.model = self.path / "model"
         self.metrics = self.path / "metrics.jsonl"
         self.timing = self.path / "timing.jsonl"
+        self.endings = self.path / "endings.jsonl"
         self.gradients = self.evidence / "gradients.jsonl"
         self.recipe = self.path / "recipe.yaml"
         self.report = self.path / "report.html"
@@ -137,10 +139,15 @@ class RunFolder:
         """The anatomy of the run's model."""
         return anatomy_from_json(self.read_json("anatomy.json"))
 
-    def write_schedule(self, stages: list[StageRecord]) -> None:
-        """Write `schedule.json`."""
+    def write_schedule(self, stages: list[StageRecord], *, step_size: Mapping[str, int] | None = None) -> None:
+        """Write `schedule.json`. `step_size`: tokens and rows per step, and rows of the training data."""
         rows = [{**asdict(s), "learning": [slice_to_json(p) for p in s.learning]} for s in stages]
-        self.write_json("schedule.json", {"stages": rows})
+        self.write_json("schedule.json", {"step_size": step_size, "stages": rows})
+
+    def read_step_size(self) -> dict[str, int] | None:
+        """What tokens and epochs were turned into steps with; None where every duration is in steps."""
+        size: dict[str, int] | None = self.read_json("schedule.json")["step_size"]
+        return size
 
     def read_schedule(self) -> list[StageRecord]:
         """The stages, in order."""

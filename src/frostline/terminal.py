@@ -6,7 +6,8 @@ Equal layers and experts are folded into one line, written so that it can be pas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -303,7 +304,7 @@ class ProgressLines:
             disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("", total=None, stage="", numbers="")
-        self.seconds = 0.0
+        self.seconds, self.n_steps = 0.0, 0
 
     def __enter__(self) -> ProgressLines:
         self.progress.start()
@@ -316,7 +317,8 @@ class ProgressLines:
         """Show one event."""
         match event:
             case RunStarted():
-                self.progress.update(self.task, total=event.schedule.n_steps)
+                self.n_steps = event.schedule.n_steps
+                self.progress.update(self.task, total=self.n_steps)
             case StageStarted():
                 self.seconds = 0.0
                 self.console.print(_stage_line(event), highlight=False)
@@ -328,23 +330,44 @@ class ProgressLines:
             case Evaluated():
                 self.console.print(f"  step {event.step:>5}  held-out loss {event.held_out_loss:.4f}", highlight=False)
             case StageEnded():
-                self.console.print(
-                    f"  stage {event.stage.name} ended: {event.stage.spec.steps} steps "
-                    f"in {format_duration(self.seconds)}",
-                    highlight=False,
-                )
+                self.console.print(_ended_line(event, self.seconds), highlight=False)
+                self.n_steps -= event.n_skipped
+                self.progress.update(self.task, total=self.n_steps)
 
 
 def _stage_line(event: StageStarted) -> str:
     stage: Stage = event.stage
     spec = stage.spec
     optimizer = spec.optimizer
-    decay = f"weight decay {optimizer.weight_decay:g}"
+    decay = f"weight decay {_by_part(optimizer.weight_decay)}"
     if optimizer.weight_decay and not optimizer.decay_norms_and_biases:
         decay += " (none on norms and biases)"
     state = f", {event.n_restored} of {event.n_owned} keep their optimizer state" if stage.index else ""
+    at_most = " at most" if spec.plateau else ""
     return (
         f"stage {stage.name}: {stage.selection} learn{state}\n"
-        f"  {spec.steps} steps, {optimizer.name}, lr {spec.lr:g}, {decay}, "
+        f"  {stage.n_steps} steps{at_most}, {optimizer.name}, lr {_by_part(spec.lr)}, {decay}, "
         f"clip {spec.clip if spec.clip is not None else 'off'}"
+        f"{', dropout off where nothing learns' if spec.frozen_dropout == 'off' else ''}"
     )
+
+
+def _by_part(value: float | Mapping[str, float]) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{v:g} ({k})" for k, v in value.items())
+    return f"{value:g}"
+
+
+def _ended_line(event: StageEnded, seconds: float) -> str:
+    """How a stage ended, in one line."""
+    stage, n_learning = event.stage, event.n_moved + len(event.unmoved)
+    why = " at a plateau" if event.n_skipped else ""
+    line = f"  stage {stage.name} ended{why}: {stage.n_steps} steps in {format_duration(seconds)}"
+    line += f", {event.n_moved} of {n_learning} pieces moved"
+    reasons = Counter(reason for _, reason in event.unmoved)
+    line += "".join(f", {n} not: {reason}" for reason, n in reasons.items())
+    if event.buffers_restored:
+        line += f", {len(event.buffers_restored)} buffers put back"
+    if event.following is not None:
+        line += f"; {event.following.name} needs {format_bytes(event.following_bytes)} beside the weights"
+    return line

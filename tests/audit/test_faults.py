@@ -16,23 +16,25 @@ from safetensors.torch import load_file, save_file
 import frostline
 from frostline.audit import Audit
 from frostline.engine import stage_switch
+from frostline.engine.buffers import FrozenBuffers
+from frostline.engine.optimizers import Optimizers
 from frostline.errors import RunFolderError
 from frostline.model import Weights
 from frostline.run import load_weights, prepare
 
-Build = Callable[..., torch.optim.Optimizer]
+Build = Callable[..., Optimizers]
 
 
 def after_each_step(monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
     """Make every optimizer do something more after its step."""
-    original: Build = stage_switch.build_optimizer
+    original: Build = stage_switch.make_optimizer
 
-    def build(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def build(*args: Any, **kwargs: Any) -> Optimizers:
         optimizer = original(*args, **kwargs)
-        optimizer.register_step_post_hook(lambda *_: fault())
+        optimizer.parts[0].register_step_post_hook(lambda *_: fault())
         return optimizer
 
-    monkeypatch.setattr(stage_switch, "build_optimizer", build)
+    monkeypatch.setattr(stage_switch, "make_optimizer", build)
 
 
 def grab_model(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
@@ -76,13 +78,16 @@ def test_an_optimizer_that_decays_a_frozen_tensor_is_named(tmp_path: Path, monke
 
 
 def test_an_optimizer_that_skips_a_learning_tensor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original: Build = stage_switch.build_optimizer
+    original: Build = stage_switch.make_optimizer
 
-    def build(owned: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        kept = tuple(o for o in owned if o.piece.tensor != "model.layers.1.mlp.up_proj.weight")
-        return original(kept, *args, **kwargs)
+    def build(owned: Any, *args: Any, **kwargs: Any) -> Any:
+        (skipped,) = (o.value for o in owned if o.piece.tensor == "model.layers.1.mlp.up_proj.weight")
+        optimizer = original(owned, *args, **kwargs)
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p is not skipped]
+        return optimizer
 
-    monkeypatch.setattr(stage_switch, "build_optimizer", build)
+    monkeypatch.setattr(stage_switch, "make_optimizer", build)
     result = frostline.train(tiny.recipe(tmp_path), out=tmp_path / "run")
     assert failed_rows(result.audit) == {
         ("layers[1].ffn.up", "joint", "LEARNING BUT UNMOVED"),
@@ -93,6 +98,7 @@ def test_an_optimizer_that_skips_a_learning_tensor_is_named(tmp_path: Path, monk
 
 def test_a_buffer_changed_behind_the_engines_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = grab_model(monkeypatch)
+    monkeypatch.setattr(FrozenBuffers, "restore", lambda _: [])
 
     def drift() -> None:
         models[0].get_buffer("model.rotary_emb.inv_freq").mul_(1.001)
@@ -110,9 +116,9 @@ def test_a_frozen_slice_touched_by_a_fused_optimizer_on_a_view_is_named(
 ) -> None:
     """The hazard itself: torch's fused AdamW on a strided view writes outside the view."""
     models = grab_model(monkeypatch)
-    original: Build = stage_switch.build_optimizer
+    original: Build = stage_switch.make_optimizer
 
-    def build(owned: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def build(owned: Any, *args: Any, **kwargs: Any) -> Optimizers:
         packed = models[0].get_parameter("transformer.h.0.attn.c_attn.weight")
         view = torch.nn.Parameter(packed.detach()[:, :32])  # q as a view of the packed tensor, not contiguous
         faulty = torch.optim.AdamW([view], lr=1e-2, weight_decay=0.1, fused=True)
@@ -122,10 +128,10 @@ def test_a_frozen_slice_touched_by_a_fused_optimizer_on_a_view_is_named(
             view.grad = torch.ones_like(view)
             faulty.step()
 
-        optimizer.register_step_post_hook(step_on_the_view)
+        optimizer.parts[0].register_step_post_hook(step_on_the_view)
         return optimizer
 
-    monkeypatch.setattr(stage_switch, "build_optimizer", build)
+    monkeypatch.setattr(stage_switch, "make_optimizer", build)
     stages = [{"name": "q", "learn": "attn.q", "steps": 2, "lr": 1e-3}]
     result = frostline.train(tiny.recipe(tmp_path, "gpt2", stages=stages), out=tmp_path / "run")
     assert not result.audit.passed

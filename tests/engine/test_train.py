@@ -66,7 +66,7 @@ def linear_run(folder: Path, model: nn.Module, *, learn: tuple[str, ...], steps:
         model, anatomy, Schedule.of(specs), batches, squared_error, folder=run, settings=LoopSettings(),
         held_out=[points(1000)],
     )  # fmt: skip
-    assert done == steps * len(learn)
+    assert (done.steps, done.finished) == (steps * len(learn), True)
     return run
 
 

@@ -239,7 +239,7 @@ def test_an_unknown_key_that_is_no_word_is_refused_too(tmp_path, text, said):
         (changed("1e-4", ".nan"), "recipe.yaml:9: 'stages[0].lr': input should be a finite number, found nan"),
         (changed("learn: all", "learn: [all]"), "recipe.yaml:7: 'stages[0].learn': input should be a valid string"),
         (
-            changed("name: sgd", "name: lion"),
+            changed("name: sgd", "name: lyon"),
             "recipe.yaml:13: 'stages[1].optimizer.name': input should be 'adamw', 'adam'",
         ),
         (changed("text.txt", "[3]"), "recipe.yaml:4: 'data.train[0]': input should be a valid string, found 3"),
@@ -294,7 +294,10 @@ def test_an_infinite_setting_is_refused(tmp_path, text):
     ("text", "said"),
     [
         (GOOD.replace("  train: text.txt\n", ""), "recipe.yaml:3: 'data.train' is missing"),
-        (GOOD.replace("    steps: 4\n", ""), "recipe.yaml:7: 'stages[0].steps' is missing"),
+        (
+            GOOD.replace("    steps: 4\n", ""),
+            "recipe.yaml:7: stages[0]: give one of steps, tokens and epochs; found none of them",
+        ),
         (GOOD.split("stages")[0], "recipe.yaml: 'stages' is missing"),
         (GOOD.replace("architecture: llama, ", ""), "recipe.yaml:2: 'model.architecture' is missing"),
         ("{}\n", "recipe.yaml: 'model' is missing\nrecipe.yaml: 'data' is missing\nrecipe.yaml: 'stages' is missing"),

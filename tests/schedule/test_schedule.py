@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frostline.recipe import StageSpec
-from frostline.schedule import Schedule, Stage, lr_at
+from frostline.schedule import Schedule
 from frostline.selection import select
 
 quick = settings(deadline=None, max_examples=25)
@@ -27,8 +29,10 @@ def schedule(*lengths):
 def rates(start=0, **fields):
     """The learning rate of every step of one stage that starts at `start`."""
     s = spec(**fields)
-    stage = Stage(index=0, name="s", spec=s, selection=select(tiny.anatomy("llama"), "ffn"), start=start)
-    return np.array([lr_at(stage, start + i) for i in range(s.steps)])
+    selection = select(tiny.anatomy("llama"), "ffn")
+    before = [("before", spec(start), selection)] if start else []
+    table = Schedule.of([*before, ("s", s, selection)])
+    return np.array([s.lr * table.rate_at(start + i) for i in range(s.steps)])
 
 
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=5)
@@ -76,10 +80,7 @@ def test_a_step_outside_the_run_belongs_to_no_stage(step):
 @pytest.mark.parametrize("starts", [(1, 4), (0, 2), (0, 4), (3, 0)])
 def test_a_table_with_a_gap_or_an_overlap_cannot_exist(starts):
     good = schedule(3, 2).stages
-    moved = tuple(
-        Stage(index=s.index, name=s.name, spec=s.spec, selection=s.selection, start=start)
-        for s, start in zip(good, starts, strict=True)
-    )
+    moved = tuple(replace(s, start=start) for s, start in zip(good, starts, strict=True))
     with pytest.raises(AssertionError, match="follow one another from step 0"):
         Schedule(stages=moved)
 

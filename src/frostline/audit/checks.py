@@ -9,8 +9,9 @@ from frostline.audit.states import States
 from frostline.audit.verdicts import Basis, Evidence, Row
 from frostline.environment import hash_file
 from frostline.errors import FrostlineError, RunFolderError
-from frostline.recipe import load_recipe, stage_name
+from frostline.recipe import StageSpec, load_recipe, stage_name
 from frostline.run_folder import Boundary, RunFolder, StageRecord
+from frostline.schedule import StepSize, plateaued
 from frostline.selection import select
 
 
@@ -117,6 +118,8 @@ def _recipe(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> E
     except FrostlineError as error:
         return _check(claim, [str(error).splitlines()[0]], "recomputed")
     wrong = []
+    size = folder.read_step_size()
+    step_size = StepSize(**size) if size else None
     if len(recipe.stages) != len(stages):
         wrong.append(f"{len(recipe.stages)} stages instead of {len(stages)}")
     for i, (spec, stage) in enumerate(zip(recipe.stages, stages, strict=False)):
@@ -126,9 +129,23 @@ def _recipe(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> E
             wrong.append(f"{stage.name}: {error.args[0].splitlines()[0]}")
             continue
         same = not subtract_all(selection.slices, stage.learning) and not subtract_all(stage.learning, selection.slices)
-        if not same or stage.end - stage.start != spec.steps or stage.name != stage_name(recipe, i):
-            wrong.append(f"{stage.name}: learn {spec.learn}, {spec.steps} steps")
+        planned = step_size.n_steps(spec) if step_size else spec.steps
+        long_enough = stage.end - stage.start == planned or _ended_at_a_plateau(folder, stage, spec, planned or 0)
+        if not same or not long_enough or stage.name != stage_name(recipe, i):
+            wrong.append(f"{stage.name}: learn {spec.learn}, {planned} steps")
     return _check(claim, wrong, "recomputed")
+
+
+def _ended_at_a_plateau(folder: RunFolder, stage: StageRecord, spec: StageSpec, planned: int) -> bool:
+    """Whether the recorded held-out losses end the stage where it ended, and not before."""
+    if spec.plateau is None or stage.end - stage.start >= planned:
+        return False
+    measured = {r["step"]: r["held_out_loss"] for r in folder.read_lines(folder.metrics) if "held_out_loss" in r}
+    due = range(stage.start + spec.plateau.every, stage.end + 1, spec.plateau.every)
+    losses = [measured.get(step, math.nan) for step in due]
+    return (
+        all(map(math.isfinite, losses)) and plateaued(losses, spec.plateau) and not plateaued(losses[:-1], spec.plateau)
+    )
 
 
 def _finite(folder: RunFolder) -> Evidence:

@@ -34,6 +34,7 @@ class StepDone:
     """Steps done, this one included."""
     loss: float
     lr: float
+    """The largest of the parts' learning rates."""
     gradient_norm: float
     """L2 norm over what learns, before clipping."""
     n_targets: int
@@ -58,6 +59,17 @@ class StageEnded:
     stage: Stage
     step: int
     """Steps done."""
+    n_skipped: int
+    """Steps that a plateau left out."""
+    n_moved: int
+    """Learning pieces of which a byte changed."""
+    unmoved: tuple[tuple[str, str], ...]
+    """Learning pieces of which none did, each with what is known of the reason."""
+    buffers_restored: tuple[str, ...]
+    """Buffers that a forward pass in training mode had changed, put back."""
+    following: Stage | None
+    following_bytes: int
+    """Bytes of gradients, optimizer state and copies of slices that the next stage needs."""
 
 
 Event = RunStarted | StageStarted | StepDone | Evaluated | StageEnded

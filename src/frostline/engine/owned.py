@@ -1,10 +1,14 @@
 """The optimizer owns only what learns.
 
-`own` gives one `Owned` per learning slice: a contiguous leaf that an optimizer may change. For a whole tensor that
-leaf is the parameter itself. For part of a tensor it is a copy: the packed parameter stays the model's only one, a
-hook moves the slice's gradient to the leaf, and `write_back` copies the leaf into the parameter after the
-optimizer's step. So weight decay, momentum and state cannot reach the rest. A view is never given to an optimizer:
-torch's fused AdamW writes outside a non-contiguous view. Cost: the packed gradient exists for a moment.
+`own` gives one `Owned` per learning slice: a contiguous leaf that an optimizer may change. For a whole tensor in its
+own dtype that leaf is the parameter itself. For part of a tensor, an fp32 master or a leaf on another device it is a
+copy: the packed parameter stays the model's only one, a hook moves the slice's gradient to the leaf, and `write_back`
+copies the leaf into the parameter after the optimizer's step. So weight decay, momentum and state cannot reach the
+rest. A view is never given to an optimizer: torch's fused AdamW writes outside a non-contiguous view. Cost: the packed
+gradient exists for a moment.
+
+Under FSDP2 a parameter is a DTensor, and a rank owns what of a slice lies in its shard, through the shard's plain
+tensor: indexing a DTensor gives a copy, and writing to that changes nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.hooks import RemovableHandle
 
-from frostline.anatomy import Slice, merge, put, take, whole
+from frostline.anatomy import Slice, intersect, put, take, whole
 from frostline.anatomy.slices import Indices, compress
 
 
@@ -25,15 +31,41 @@ class Owned:
     """Elements of one tensor that an optimizer may change."""
 
     piece: Slice
+    """The elements, of the whole tensor; under FSDP2 this rank may hold only some of them, or none."""
     parameter: nn.Parameter
     """The model's parameter that the elements belong to."""
+    local: Slice
+    """The elements that this rank holds, in the coordinates of its part of the parameter."""
     value: nn.Parameter
-    """A contiguous leaf of shape `piece.shape`: `parameter` itself, or a copy of the slice."""
+    """A contiguous leaf: `parameter` itself, its shard, or a copy of the elements, leading dimensions of 1 dropped."""
 
     @property
     def is_copy(self) -> bool:
         """Whether `value` must be written back."""
-        return self.value is not self.parameter
+        return self.value.untyped_storage().data_ptr() != local_part(self.parameter).untyped_storage().data_ptr()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds only part of the parameter."""
+        return isinstance(self.parameter, DTensor)
+
+    def write_back(self) -> None:
+        """Copy the leaf into its place in the model, if it is a copy."""
+        if self.is_copy and self.value.numel():
+            target = local_part(self.parameter)
+            put(target, self.local, self.value.detach().to(target).reshape(self.local.shape))
+
+    def add_gradient(self, packed: torch.Tensor) -> None:
+        """Add this slice's part of the parameter's gradient to the leaf's."""
+        gradient = take(local_part(packed), self.local).reshape(self.value.shape) if self.value.numel() else None
+        if gradient is None:
+            gradient = torch.zeros_like(self.value)
+        if self.value.grad is None:
+            own = gradient.to(self.value)
+            aliased = own.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr()
+            self.value.grad = own.clone(memory_format=torch.contiguous_format) if aliased else own.contiguous()
+        else:
+            self.value.grad.add_(gradient.to(self.value))
 
 
 class Ownership:
@@ -41,18 +73,32 @@ class Ownership:
 
     def __init__(self, owned: Iterable[Owned]) -> None:
         self.owned = tuple(owned)
-        copies: dict[nn.Parameter, list[Owned]] = {}
+        apart: dict[nn.Parameter, list[Owned]] = {}
         for o in self.owned:
-            if o.is_copy:
-                copies.setdefault(o.parameter, []).append(o)
-        self._hooks = [self._move_gradient(p, mine) for p, mine in copies.items()]
+            if o.value is not o.parameter:
+                apart.setdefault(o.parameter, []).append(o)
+        self._hooks = [self._move_gradient(p, mine) for p, mine in apart.items()]
+        self._of: dict[str, list[Owned]] = {}
+        for o in self.owned:
+            self._of.setdefault(o.piece.tensor, []).append(o)
 
     def write_back(self) -> None:
         """Copy every leaf that is a copy into its place in the model."""
         with torch.no_grad():
             for o in self.owned:
-                if o.is_copy:
-                    put(o.parameter, o.piece, o.value)
+                o.write_back()
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients down to an L2 norm of `max_norm` over all that learns; returns the norm before."""
+        values = [o.value for o in self.owned]
+        if not any(o.is_sharded for o in self.owned):
+            return torch.nn.utils.clip_grad_norm_(values, max_norm).item()
+        gradients = [v.grad for v in values if v.grad is not None and v.numel()]
+        squares = torch.nn.utils.get_total_norm(gradients).square() if gradients else torch.zeros(())
+        torch.distributed.all_reduce(squares)
+        norm = squares.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(values, max_norm, norm)
+        return norm.item()
 
     def release(self) -> None:
         """Remove the hooks."""
@@ -61,39 +107,81 @@ class Ownership:
         self._hooks = []
 
     def gradient(self, piece: Slice) -> torch.Tensor | None:
-        """The gradient of one piece, a slice of something owned; None when none arrived."""
-        for o in self.owned:
+        """The gradient of one piece, of which every element is owned; None when none arrived. Not for shards."""
+        parts = []
+        for o in self._of.get(piece.tensor, ()):
             inside = relative(piece, o.piece)
             if inside is not None:
-                return take(o.value.grad, inside) if o.value.grad is not None else None
-        raise KeyError(str(piece))
+                return take(o.value.grad.reshape(o.piece.shape), inside) if o.value.grad is not None else None
+            common = intersect(piece, o.piece)
+            if common is not None and o.value.grad is not None:
+                within = relative(common, o.piece)
+                assert within is not None
+                parts.append(take(o.value.grad.reshape(o.piece.shape), within).reshape(-1))
+        if piece.tensor not in self._of:
+            raise KeyError(str(piece))
+        return torch.cat(parts) if parts else None
 
     @staticmethod
     def _move_gradient(parameter: nn.Parameter, mine: list[Owned]) -> RemovableHandle:
         def move(packed: torch.Tensor) -> None:
             assert packed.grad is not None
             for o in mine:
-                gradient = take(packed.grad, o.piece)
-                if o.value.grad is None:
-                    o.value.grad = gradient.clone(memory_format=torch.contiguous_format)
-                else:
-                    o.value.grad.add_(gradient)
+                o.add_gradient(packed.grad)
             packed.grad = None
 
         handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(move)
         return handle
 
 
-def own(parameters: Mapping[str, nn.Parameter], slices: Iterable[Slice]) -> Ownership:
-    """Own `slices` of `parameters`, neighbours joined into one leaf."""
-    return Ownership(_owned(parameters[piece.tensor], piece) for piece in merge(slices))
+def own(
+    parameters: Mapping[str, nn.Parameter],
+    slices: Iterable[Slice],
+    *,
+    master_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Ownership:
+    """Own disjoint `slices` of `parameters`, one leaf each, in the parameters' dtype and place by default."""
+    return Ownership(_owned(parameters[s.tensor], s, master_dtype, device) for s in slices)
 
 
-def _owned(parameter: nn.Parameter, piece: Slice) -> Owned:
-    if piece == whole(piece.tensor, parameter.shape) and parameter.is_contiguous():
-        return Owned(piece=piece, parameter=parameter, value=parameter)
-    copy = take(parameter.detach(), piece).clone(memory_format=torch.contiguous_format)
-    return Owned(piece=piece, parameter=parameter, value=nn.Parameter(copy))
+def _owned(parameter: nn.Parameter, piece: Slice, dtype: torch.dtype | None, device: torch.device | None) -> Owned:
+    part = local_part(parameter)
+    local = local_slice(piece, parameter)
+    as_it_is = dtype in (None, part.dtype) and device in (None, part.device)
+    if as_it_is and local == whole(piece.tensor, part.shape) and part.is_contiguous():
+        value = parameter if part is parameter else nn.Parameter(part.detach())
+    else:
+        copy = take(part.detach(), local).to(dtype=dtype, device=device, copy=True)
+        value = nn.Parameter(copy.reshape(leaf_shape(local.shape)).contiguous())
+    return Owned(piece=piece, parameter=parameter, local=local, value=value)
+
+
+def leaf_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a copy: leading dimensions of 1 are dropped, so that one expert of many is a matrix."""
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor that this rank holds of a DTensor; any other tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def local_slice(piece: Slice, parameter: torch.Tensor) -> Slice:
+    """What this rank holds of a slice, in the coordinates of its part; empty ranges where it holds nothing."""
+    if not isinstance(parameter, DTensor):
+        return piece
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    box = Slice(piece.tensor, tuple((range(at, at + n),) for at, n in zip(offset, shape, strict=True)))
+    here = intersect(piece, box) if all(shape) else None
+    if here is None:
+        return Slice(piece.tensor, tuple((range(0),) for _ in shape))
+    return Slice(
+        piece.tensor,
+        tuple(compress(i - at for r in indices for i in r) for indices, at in zip(here.index, offset, strict=True)),
+    )
 
 
 def relative(piece: Slice, container: Slice) -> Slice | None:

@@ -7,13 +7,16 @@ so that in every stage a piece learns as a whole or not at all. Read `Recorder` 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from frostline.anatomy import Anatomy, Slice, fingerprint, refine, take
+from frostline.anatomy import Anatomy, Slice, fingerprint, refine, take, whole
 from frostline.engine.events import Evaluated, Event, StageEnded, StageStarted, StepDone
+from frostline.engine.optimizers import leaves, state_bytes
 from frostline.engine.owned import Ownership
 from frostline.run_folder import Boundary, RunFolder, StageRecord, storage_errors
 from frostline.schedule import Schedule, Stage
@@ -50,10 +53,21 @@ class Recorder:
     ) -> None:
         self.folder, self.model = folder, model
         self.gradients_every = gradients_every
+        self.anatomy = anatomy
         self.pieces = cut_pieces(anatomy, [s.selection for s in schedule.stages])
         self.learning = [tuple(p for p in self.pieces if s.selection.within(p)) for s in schedule.stages]
+        self._hashes: list[dict[str, str]] = []
+        self._norms: dict[str, list[float | None]] = {}
+        self._drifted: dict[str, None] = {}
         folder.write_anatomy(anatomy)
-        folder.write_schedule([self._stage_record(s) for s in schedule.stages])
+        self.lay(schedule)
+
+    def lay(self, schedule: Schedule) -> None:
+        """Write the schedule as it is now: a stage that ended early moves those after it."""
+        size = schedule.step_size
+        self.folder.write_schedule(
+            [self._stage_record(s) for s in schedule.stages], step_size=None if size is None else asdict(size)
+        )
 
     def _stage_record(self, stage: Stage) -> StageRecord:
         return StageRecord(
@@ -71,6 +85,7 @@ class Recorder:
         """Record the hash of every piece."""
         tensors = named_tensors(self.model)
         hashes = {str(p): fingerprint(take(tensors[p.tensor], p)) for p in self.pieces}
+        self._hashes = [*self._hashes[-1:], hashes]
         self.folder.write_boundary(Boundary(index=index, step=step, hashes=hashes, derived=derived))
 
     def entry(self, stage: Stage) -> None:
@@ -91,7 +106,32 @@ class Recorder:
         for piece in self.learning[stage.index]:
             gradient = ownership.gradient(piece)
             norms[str(piece)] = None if gradient is None else torch.linalg.vector_norm(gradient).item()
+            self._norms.setdefault(str(piece), []).append(norms[str(piece)])
         self.folder.append(self.folder.gradients, {"step": step, "stage": stage.index, "norms": norms})
+
+    def drifted(self, names: list[str]) -> None:
+        """Note buffers that had to be put back."""
+        self._drifted |= dict.fromkeys(names)
+
+    def ended(self, stage: Stage, *, n_skipped: int, following: Stage | None) -> StageEnded:
+        """What happened in a stage whose last boundary is written; starts the notes of the next one."""
+        before, after = self._hashes
+        still = [str(p) for p in self.learning[stage.index] if before[str(p)] == after[str(p)]]
+        event = StageEnded(
+            stage=stage,
+            step=stage.end,
+            n_skipped=n_skipped,
+            n_moved=len(self.learning[stage.index]) - len(still),
+            unmoved=tuple((name, _why_unmoved(self._norms.get(name, []))) for name in still),
+            buffers_restored=tuple(self._drifted),
+            following=following,
+            following_bytes=stage_bytes(following, self._element_bytes) if following else 0,
+        )
+        self._norms, self._drifted = {}, {}
+        return event
+
+    def _element_bytes(self, tensor: str) -> int:
+        return self.anatomy.tensor[tensor].element_bytes
 
     def event(self, event: Event) -> None:
         """Write what an event adds to `metrics.jsonl` (what the seed determines) and `timing.jsonl` (clocks)."""
@@ -116,6 +156,18 @@ class Recorder:
                     {"step": event.step, "stage": event.stage.name, "held_out_loss": event.held_out_loss},
                 )
             case StageStarted() | StageEnded():
+                if isinstance(event, StageEnded):
+                    self.folder.append(
+                        self.folder.endings,
+                        {
+                            "stage": event.stage.index,
+                            "step": event.step,
+                            "why": "plateau" if event.n_skipped else "its time",
+                            "moved": event.n_moved,
+                            "unmoved": dict(event.unmoved),
+                            "buffers_restored": list(event.buffers_restored),
+                        },
+                    )
                 self.folder.append(
                     self.folder.timing,
                     {
@@ -126,6 +178,23 @@ class Recorder:
                 )
             case _:
                 pass
+
+
+def _why_unmoved(norms: list[float | None]) -> str:
+    """What the sampled gradients say about a learning piece that did not move."""
+    if not norms or all(n is None for n in norms):
+        return "no gradient arrived"
+    return "its gradient is zero" if not any(norms) else "every step was too small for its next number"
+
+
+def stage_bytes(stage: Stage, element_bytes: Callable[[str], int]) -> int:
+    """Bytes of gradients, optimizer state and copies of slices in a stage."""
+    shapes = {t.name: t.shape for t in stage.selection.anatomy.tensors}
+    gradients = sum(s.n_elements * element_bytes(s.tensor) for s in stage.selection.slices)
+    copies = sum(
+        p.n_elements * element_bytes(p.tensor) for p in leaves(stage, ()) if p != whole(p.tensor, shapes[p.tensor])
+    )
+    return gradients + copies + state_bytes(stage, element_bytes)
 
 
 def peak_resident_bytes() -> int | None:

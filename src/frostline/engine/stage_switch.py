@@ -1,23 +1,25 @@
 """The stage switch: the only writer of `requires_grad`, and the place where an optimizer is made.
 
 `switch` leaves the stage before it and enters the next: gradients are cleared, ownership is rebuilt, an optimizer is
-made over what is owned and nothing else, and its state is kept or reset as the stage says. Read `switch` first.
+made over what is owned and nothing else, and its state is kept, offloaded or reset as the stage says; modules of which
+nothing learns are put into evaluation mode. Read `switch` first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, Slice, subtract, take
-from frostline.anatomy.slices import intersect
-from frostline.engine.owned import Owned, Ownership, own, relative
-from frostline.recipe import OptimizerSpec
+from frostline.anatomy import Anatomy, Slice, intersect, subtract, subtract_all, take
+from frostline.engine.optimizers import BY_ELEMENT, Optimizers, leaves, make_optimizer
+from frostline.engine.owned import Owned, Ownership, leaf_shape, local_slice, own, relative
 from frostline.schedule import Stage
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +40,7 @@ class Active:
 
     stage: Stage
     ownership: Ownership
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     n_restored: int
     """Owned leaves that continue with kept optimizer state; the others start afresh."""
 
@@ -51,81 +53,123 @@ def switch(
     memory: Memory,
     leaving: Active | None,
 ) -> Active:
-    """Enter `stage`. `parameters` holds every name of every parameter; `memory` is updated."""
+    """Enter `stage`. `parameters` holds every name of every parameter; `memory` is updated.
+
+    Afterwards `memory` holds what was offloaded, and nothing else: what still learns has its state in the optimizer.
+    Switch only at a step's end: a gradient accumulated for the stage before would leak into this one.
+    """
     if leaving is not None:
         leaving.ownership.release()
-        remember(memory, leaving)
+        remember(memory, leaving, parameters)
     if stage.spec.state == "reset":
         memory.clear()
     learning = {s.tensor for s in stage.selection.slices}
     for name, parameter in parameters.items():
         parameter.grad = None
         parameter.requires_grad_(anatomy.storage_name(name) in learning)
-    ownership = own(parameters, stage.selection.slices)
-    optimizer = build_optimizer(ownership.owned, stage.spec.optimizer, anatomy)
-    n_restored = restore(memory, optimizer, ownership.owned, stage.spec.optimizer.name)
+    name = stage.spec.optimizer.name
+    known = [piece for piece, stored in memory.items() if stored.optimizer == name]
+    ownership = own(parameters, leaves(stage, known))
+    optimizer = make_optimizer(ownership.owned, stage)
+    n_restored = restore(memory, optimizer, ownership.owned, name)
+    _forget_or_offload(memory, stage, parameters)
     return Active(stage=stage, ownership=ownership, optimizer=optimizer, n_restored=n_restored)
 
 
-def build_optimizer(owned: tuple[Owned, ...], spec: OptimizerSpec, anatomy: Anatomy) -> torch.optim.Optimizer:
-    """The optimizer over the owned leaves; norms and biases in a group without decay, unless `spec` says otherwise."""
-    no_decay = set() if spec.decay_norms_and_biases else norms_and_biases(anatomy)
-    decayed = [o.value for o in owned if o.piece.tensor not in no_decay]
-    others = [o.value for o in owned if o.piece.tensor in no_decay]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, spec.weight_decay), (others, 0.0))
-        if params
-    ]
-    # lr is set at every step; fused is safe here because every leaf is contiguous
-    if spec.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=spec.momentum or 0.0, fused=True)
-    betas, eps = spec.betas or (0.9, 0.999), spec.eps or 1e-8
-    make = torch.optim.AdamW if spec.name == "adamw" else torch.optim.Adam
-    return make(groups, lr=0.0, betas=betas, eps=eps, fused=True)
-
-
-def norms_and_biases(anatomy: Anatomy) -> set[str]:
-    """Names of the tensors that hold norms and biases."""
-    return {s.tensor for c in anatomy.components for s in c.slices if c.is_norm or anatomy.is_bias(s)}
-
-
-def remember(memory: Memory, active: Active) -> None:
+def remember(memory: Memory, active: Active, parameters: Mapping[str, nn.Parameter]) -> None:
     """Store the optimizer state of what has learned; it replaces older state of the same elements."""
+    name = active.stage.spec.optimizer.name
     for o in active.ownership.owned:
-        state = active.optimizer.state.get(o.value)
+        state = active.optimizer.state_of(o.value)
         if not state:
             continue
         for piece in [p for p in memory if intersect(p, o.piece) is not None]:
             older = memory.pop(piece)
-            for rest in subtract(piece, o.piece):
-                memory[rest] = StoredState(optimizer=older.optimizer, state=_within(older.state, rest, piece))
-        memory[o.piece] = StoredState(optimizer=active.stage.spec.optimizer.name, state=dict(state))
+            if older.optimizer in BY_ELEMENT:  # state of a matrix is of no use for a part of it
+                for rest in subtract(piece, o.piece):
+                    memory[rest] = replace(older, state=_within(older.state, rest, piece, parameters))
+        memory[o.piece] = StoredState(optimizer=name, state=state)
 
 
-def restore(memory: Memory, optimizer: torch.optim.Optimizer, owned: tuple[Owned, ...], name: str) -> int:
+def restore(memory: Memory, optimizer: Optimizers, owned: tuple[Owned, ...], name: str) -> int:
     """Give owned leaves the stored state of their elements; returns how many got it.
 
-    A leaf whose elements have different histories, or learned under another optimizer, starts afresh.
+    State of another optimizer is of no use; nor is state of a matrix for a part of it, where the optimizer does not
+    treat every element by itself.
     """
     n_restored = 0
     for o in owned:
-        found = next((p for p in memory if relative(o.piece, p) is not None), None)
-        if found is not None and memory[found].optimizer == name:
-            optimizer.state[o.value] = _within(memory[found].state, o.piece, found)
-            n_restored += 1
+        stored = memory.get(o.piece)
+        if stored is not None and stored.optimizer == name:
+            optimizer.set_state(o.value, _moved(stored.state, o.value.device))
+        elif name in BY_ELEMENT:
+            found = next((p for p in memory if relative(o.piece, p) is not None), None)
+            if found is None or memory[found].optimizer != name:
+                continue
+            state = _within(memory[found].state, o.piece, found, {o.piece.tensor: o.parameter})
+            optimizer.set_state(o.value, _moved(state, o.value.device))
+        else:
+            continue
+        n_restored += 1
     return n_restored
 
 
-def _within(state: Mapping[str, Any], piece: Slice, container: Slice) -> dict[str, Any]:
-    """The state of `piece`, from the state of the slice `container` that holds it."""
-    inside = relative(piece, container)
-    assert inside is not None
+def _forget_or_offload(memory: Memory, stage: Stage, parameters: Mapping[str, nn.Parameter]) -> None:
+    """What learns has its state in the optimizer; the rest is moved to the CPU, or forgotten."""
+    if stage.spec.state != "offload":
+        memory.clear()
+        return
+    for piece in list(memory):
+        stored = memory.pop(piece)
+        left = subtract_all((piece,), stage.selection.slices)
+        if left == (piece,):
+            memory[piece] = replace(stored, state=_moved(stored.state, CPU))
+        elif stored.optimizer in BY_ELEMENT:
+            for rest in left:
+                memory[rest] = replace(stored, state=_moved(_within(stored.state, rest, piece, parameters), CPU))
+
+
+def _moved(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The state with its tensors on a device; counters (no dimensions) stay where they are."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) and v.dim() else v for k, v in state.items()}
+
+
+def _within(
+    state: Mapping[str, Any], piece: Slice, container: Slice, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Any]:
+    """The state of `piece`, from the state of the slice `container` that holds it; of this rank's part of both."""
+    parameter = parameters[piece.tensor]
+    mine, held = local_slice(piece, parameter), local_slice(container, parameter)
+    inside = relative(mine, held) if mine.n_elements else None
     out: dict[str, Any] = {}
     for key, value in state.items():
-        if isinstance(value, torch.Tensor) and value.shape == container.shape:
-            whole_state = piece == container
-            out[key] = value if whole_state else take(value, inside).clone(memory_format=torch.contiguous_format)
+        if isinstance(value, torch.Tensor) and value.dim() and value.numel() == held.n_elements:
+            part = take(value.reshape(held.shape), inside) if inside else value.reshape(-1)[:0]
+            out[key] = part.reshape(leaf_shape(mine.shape)).clone(memory_format=torch.contiguous_format)
         else:
             out[key] = value.clone() if isinstance(value, torch.Tensor) else value
     return out
+
+
+def frozen_modules(model: nn.Module) -> list[nn.Module]:
+    """The largest modules that have parameters and of which none learns."""
+    out: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            out.append(module)
+        elif parameters:
+            for child in module.children():
+                visit(child)
+
+    visit(model)
+    return out
+
+
+def set_modes(model: nn.Module, stage: Stage) -> None:
+    """Training mode, except for modules of which nothing learns: their dropout is off, their statistics stay."""
+    model.train()
+    if stage.spec.frozen_dropout == "off":
+        for module in frozen_modules(model):
+            module.eval()

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy, fingerprint
+from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.events import Evaluated, Event, Observer, RunStarted, StageEnded, StageStarted, StepDone
 from frostline.engine.record import Recorder
-from frostline.engine.stage_switch import Active, Memory, switch
+from frostline.engine.stage_switch import Active, Memory, set_modes, switch
 from frostline.engine.step import Countable, LossFunction, step
-from frostline.errors import NonFiniteError
+from frostline.errors import NonFiniteError, RecipeError
 from frostline.randomness import derive_seed
 from frostline.run_folder import RunFolder
-from frostline.schedule import Schedule, Stage, lr_at
+from frostline.schedule import Schedule, Stage, plateaued
 
 CPU = torch.device("cpu")
 
@@ -39,6 +40,15 @@ class LoopSettings:
     """Steps between recorded gradient norms, beside each stage's first and last step."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopResult:
+    """How far the loop came."""
+
+    steps: int
+    finished: bool
+    """Whether every stage ran to its end."""
+
+
 def train_loop(
     model: nn.Module,
     anatomy: Anatomy,
@@ -51,59 +61,85 @@ def train_loop(
     held_out: Sequence[Countable] = (),
     observers: Sequence[Observer] = (),
     stop: Callable[[], bool] = lambda: False,
-) -> int:
+) -> LoopResult:
     """Train `model` in place through every stage of `schedule`; the evidence goes to `folder`.
 
-    Returns the steps done: fewer than the schedule's when `stop` said so at the end of a step. Raises
-    `NonFiniteError` before an update that would not be finite. Any module can be trained: `loss` and `batches`
-    decide what a batch is.
+    Says whether every stage ran to its end, and the steps done: not when `stop` said so at the end of a step. Raises
+    `NonFiniteError` before an update that would not be finite, `RecipeError` for a plateau without held-out data. Any
+    module can be trained: `loss` and `batches` decide what a batch is.
     """
+    if not held_out and any(s.spec.plateau for s in schedule.stages):
+        raise RecipeError("a stage ends at a plateau of the held-out loss, but there is no held-out data")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     recorder = Recorder(folder, model, anatomy, schedule, gradients_every=settings.gradients_every)
     memory: Memory = {}
     active: Active | None = None
+    endings: list[int] = []
+    losses: list[float] = []
 
     def tell(event: Event) -> None:
         for observer in (recorder.event, *observers):
             observer(event)
 
-    def measure(stage: Stage, done: int) -> None:
-        if held_out:
-            value = held_out_loss(model, held_out, loss, settings)
-            tell(Evaluated(stage=stage, step=done, held_out_loss=value))
+    def measure(stage: Stage, done: int) -> float:
+        if not held_out:
+            return math.nan
+        value = held_out_loss(model, held_out, loss, settings)
+        set_modes(model, stage)
+        tell(Evaluated(stage=stage, step=done, held_out_loss=value))
+        return value
 
     tell(RunStarted(schedule=schedule))
     derived = find_derived_buffers(model, batches(0, schedule.stages[0])[0], loss)
     recorder.boundary(0, step=0, derived=derived)
+    buffers = FrozenBuffers(model, derived)
     done = 0
     try:
         while done < schedule.n_steps and not stop():
             stage = schedule.at(done)
-            if active is None or active.stage is not stage:
+            if active is None or active.stage.index != stage.index:
                 active = switch(parameters, anatomy, stage, memory=memory, leaving=active)
+                set_modes(model, stage)
                 recorder.entry(stage)
                 n_owned = len(active.ownership.owned)
                 tell(StageStarted(stage=stage, n_restored=active.n_restored, n_owned=n_owned))
+                losses = []
                 if done == 0:
                     measure(stage, done)
-            tell(_one_step(model, active, batches(done, stage), loss, recorder, settings, at=done))
+            tell(_one_step(model, active, schedule, batches(done, stage), loss, recorder, settings, at=done))
+            recorder.drifted(buffers.restore())
             done += 1
-            if done == stage.end or (settings.eval_every and done % settings.eval_every == 0):
-                measure(stage, done)
-            if done == stage.end:
-                recorder.boundary(stage.index + 1, step=done)
-                tell(StageEnded(stage=stage, step=done))
+            plateau = stage.spec.plateau
+            due = plateau is not None and (done - stage.start) % plateau.every == 0
+            if due or done == stage.end or (settings.eval_every and done % settings.eval_every == 0):
+                value = measure(stage, done)
+                losses += [value] if due else []
+            if done == stage.end or (plateau is not None and due and plateaued(losses, plateau)):
+                endings.append(done)
+                schedule = schedule.ended(endings)
+                tell(_end_stage(schedule, stage.index, recorder, n_skipped=stage.end - done))
     finally:
         if active is not None:
             active.ownership.release()
             if active.stage.start <= done < active.stage.end:  # stopped inside a stage: its evidence ends here
                 recorder.boundary(active.stage.index + 1, step=done)
-    return done
+    return LoopResult(steps=done, finished=done == schedule.n_steps)
+
+
+def _end_stage(schedule: Schedule, index: int, recorder: Recorder, *, n_skipped: int) -> StageEnded:
+    """Write the evidence of a stage that ended; what follows is laid anew when that was before its time."""
+    stage = schedule.stages[index]
+    recorder.boundary(index + 1, step=stage.end)
+    if n_skipped:
+        recorder.lay(schedule)
+    following = schedule.stages[index + 1] if index + 1 < len(schedule.stages) else None
+    return recorder.ended(stage, n_skipped=n_skipped, following=following)
 
 
 def _one_step(
     model: nn.Module,
     active: Active,
+    schedule: Schedule,
     micro_batches: Sequence[Countable],
     loss: LossFunction,
     recorder: Recorder,
@@ -113,21 +149,18 @@ def _one_step(
 ) -> StepDone:
     started = time.perf_counter()
     stage, ownership, optimizer = active.stage, active.ownership, active.optimizer
-    model.train()
     seed = derive_seed(settings.seed, "step", at)
     computed = step(model, micro_batches, loss, seed=seed, device=settings.device, bf16=settings.bf16)
     recorder.gradients(stage, at + 1, ownership)
-    norm = torch.nn.utils.clip_grad_norm_([o.value for o in ownership.owned], stage.spec.clip or math.inf).item()
+    norm = ownership.clip(stage.spec.clip or math.inf)
     if not (math.isfinite(computed.loss) and math.isfinite(norm)):
         raise NonFiniteError(
             f"step {at + 1} (stage {stage.name}): loss {computed.loss}, gradient norm {norm}; stopped before the update"
         )
-    lr = lr_at(stage, at)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    lr = optimizer.set_rate(schedule.rate_at(at))
     optimizer.step()
     ownership.write_back()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return StepDone(
         stage=stage,
         step=at + 1,

@@ -106,7 +106,7 @@ class _Bench:
             group["lr"] = LR
         active.optimizer.step()
         active.ownership.write_back()
-        active.optimizer.zero_grad(set_to_none=True)
+        active.optimizer.zero_grad()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Copies of the gradients that are there, by tensor name."""

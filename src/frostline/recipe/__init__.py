@@ -3,8 +3,8 @@
 from frostline.recipe.data_spec import DataSpec
 from frostline.recipe.load import load_recipe, recipe_from_dict
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
-from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, stage_name
-from frostline.recipe.stage_spec import OptimizerSpec, StageSpec
+from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, RunRateSpec, stage_name
+from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 from frostline.recipe.yaml_text import dump_yaml
 
 __all__ = [
@@ -12,7 +12,9 @@ __all__ = [
     "EvalSpec",
     "EvidenceSpec",
     "OptimizerSpec",
+    "PlateauSpec",
     "Recipe",
+    "RunRateSpec",
     "ScratchModel",
     "StageSpec",
     "TrainedTokenizer",

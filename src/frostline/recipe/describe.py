@@ -10,8 +10,8 @@ from pydantic_core import PydanticUndefined
 
 from frostline.recipe.data_spec import DataSpec
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
-from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe
-from frostline.recipe.stage_spec import OptimizerSpec, StageSpec
+from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, RunRateSpec
+from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("Top level", Recipe),
@@ -20,6 +20,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`data:`", DataSpec),
     ("each of `stages:`", StageSpec),
     ("`optimizer:` of a stage", OptimizerSpec),
+    ("`plateau:` of a stage", PlateauSpec),
+    ("`lr_across:`", RunRateSpec),
     ("`eval:`", EvalSpec),
     ("`evidence:`", EvidenceSpec),
 )
@@ -27,7 +29,9 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 HEAD = """# The recipe, key by key
 
 A recipe is YAML 1.2 (`1e-4` is a number). Unknown keys are errors. The run folder's `recipe.yaml` holds every key with
-the value that was used. This page is written by `make docs` from the records in `src/frostline/recipe/`.
+the value that was used. Among the stages, `{repeat: 3, stages: […]}` runs a list of stages several times; the run
+folder's recipe has them written out, their names followed by `-1`, `-2`, … This page is written by `make docs` from the
+records in `src/frostline/recipe/`.
 """
 
 

@@ -22,8 +22,13 @@ _TAGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("model",): ("name", "record"),
     ("tokenizer",): ("name", "record"),
     ("data", "held_out"): ("share", "files"),
+    ("lr",): ("one", "by part"),
+    ("weight_decay",): ("one", "by part"),
+    ("betas",): ("one", "by part"),
 }
-"""Keys that take one of several kinds → the tags of the kinds in the record."""
+"""Keys (or how they end, in a stage) that take one of several kinds → the tags of the kinds in the record."""
+MAX_STAGES = 10_000
+"""Stages of one run, repeated ones counted as often as they run."""
 _FOLDERS_OR_HUB_NAMES: tuple[tuple[str, ...], ...] = (("model",), ("tokenizer",))
 _PATHS: tuple[tuple[str, ...], ...] = (("data", "train"), ("data", "held_out"))
 
@@ -54,6 +59,35 @@ def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
     return _validate(values, document=document, where=str(path))
 
 
+def _plain_stages(stages: Any, document: YamlDocument, where: str) -> tuple[list[Any], list[KeyPath]]:
+    """Stages with every `{repeat: 3, stages: […]}` written out, and where each stood. Raises `RecipeError`."""
+    plain: list[Any] = []
+    origins: list[KeyPath] = []
+
+    def add(stage: Any, path: KeyPath, suffix: str, depth: int) -> None:
+        place = f"{where}:{document.line_of(path)}" if document.line_of(path) else where
+        if not isinstance(stage, dict) or "repeat" not in stage:
+            named = isinstance(stage, dict) and isinstance(stage.get("name"), str) and suffix
+            plain.append({**stage, "name": stage["name"] + suffix} if named else stage)
+            origins.append(path)
+            if len(plain) > MAX_STAGES:
+                raise RecipeError(f"{place}: more than {MAX_STAGES} stages")
+            return
+        times, inner = stage["repeat"], stage.get("stages")
+        key = format_key(path)
+        if set(stage) != {"repeat", "stages"} or not isinstance(inner, (list, tuple)) or not inner or depth > 8:
+            raise RecipeError(f"{place}: '{key}': a repetition has the keys repeat and stages (a list), nothing else")
+        if not isinstance(times, int) or isinstance(times, bool) or not 1 <= times <= MAX_STAGES:
+            raise RecipeError(f"{place}: '{key}.repeat' must be a whole number from 1 on, found {_shown(times)}")
+        for k in range(times):
+            for i, one in enumerate(inner):
+                add(one, (*path, "stages", i), f"{suffix}-{k + 1}", depth + 1)
+
+    for i, stage in enumerate(stages):
+        add(stage, ("stages", i), "", 0)
+    return plain, origins
+
+
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data; paths are relative to the working directory. Raises `RecipeError`."""
     copied = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
@@ -62,10 +96,14 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def _validate(values: Mapping[str, Any], *, document: YamlDocument, where: str) -> Recipe:
+    origins: list[KeyPath] = []
+    if isinstance(values.get("stages"), (list, tuple)):
+        stages, origins = _plain_stages(values["stages"], document, where)
+        values = {**values, "stages": stages}
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(e, document=document, where=where) for e in _innermost(error.errors())]
+        problems = [_describe(e, document=document, where=where, origins=origins) for e in _innermost(error.errors())]
         raise RecipeError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -79,11 +117,12 @@ def _innermost(errors: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _describe(error: Any, *, document: YamlDocument, where: str) -> str:
+def _describe(error: Any, *, document: YamlDocument, where: str, origins: Sequence[KeyPath]) -> str:
     loc = _without_tags(error["loc"])
-    line = document.line_of(loc)
+    there = (*origins[loc[1]], *loc[2:]) if loc[:1] == ("stages",) and len(loc) > 1 and isinstance(loc[1], int) else loc
+    line = document.line_of(there)
     place = f"{where}:{line}" if line else where
-    key = format_key(loc)
+    key = format_key(there)
     match error["type"]:
         case "extra_forbidden":
             return f"{place}: unknown key '{key}'.{did_you_mean(str(loc[-1]), _keys_at(loc[:-1]))}"
@@ -98,10 +137,11 @@ def _describe(error: Any, *, document: YamlDocument, where: str) -> str:
 
 def _without_tags(loc: tuple[str | int, ...]) -> KeyPath:
     """Drop what pydantic adds to say which member of a union it tried: it stands right after the union's key."""
-    for key, tags in _TAGS.items():
-        n = len(key)
-        if loc[:n] == key and len(loc) > n and loc[n] in tags:
-            return (*loc[:n], *loc[n + 1 :])
+    for at in range(1, len(loc)):
+        for key, tags in _TAGS.items():
+            outer = loc[: at - len(key)]
+            if loc[:at][-len(key) :] == key and outer[:1] in ((), ("stages",)) and loc[at] in tags:
+                return (*loc[:at], *loc[at + 1 :])
     return loc
 
 

@@ -26,6 +26,15 @@ class EvalSpec(Record):
     """Held-out batches of `data.batch` rows; always the same ones."""
 
 
+class RunRateSpec(Record):
+    """One course of the learning rate across all stages; it multiplies every stage's own `lr`."""
+
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps of the run over which the factor rises linearly to 1."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the factor falls to zero over the rest of the run."""
+
+
 class EvidenceSpec(Record):
     """What is recorded for the audit beside the hashes, which are always recorded."""
 
@@ -58,6 +67,8 @@ class Recipe(Record):
     """`bf16-mixed`: fp32 weights and optimizer, matrix products in bf16 (autocast)."""
     ties: Literal["error", "together", "untie"] = "error"
     """When a selection takes one of two tied parts: refuse, take both, or give the model separate weights first."""
+    lr_across: RunRateSpec | None = None
+    """Warm-up and decay across the run, in place of the stages' own: `{warmup: 100, decay: cosine}`."""
     eval: EvalSpec = EvalSpec()
     """Held-out loss."""
     evidence: EvidenceSpec = EvidenceSpec()
@@ -71,6 +82,28 @@ class Recipe(Record):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two stages are named '{name}'")
+        return self
+
+    @model_validator(mode="after")
+    def _one_course_of_the_rate(self) -> Recipe:
+        if self.lr_across is None:
+            return self
+        for i, stage in enumerate(self.stages):
+            if stage.warmup or stage.decay != "none":
+                raise ValueError(f"stages[{i}] has a warmup or decay of its own beside lr_across; drop one of the two")
+            if stage.plateau is not None and self.lr_across.decay != "none":
+                raise ValueError(f"stages[{i}] may end early, so lr_across cannot decay to the end of the run")
+        return self
+
+    @model_validator(mode="after")
+    def _plateaus_have_something_to_measure(self) -> Recipe:
+        for i, stage in enumerate(self.stages):
+            longest = stage.steps
+            if stage.plateau and longest is not None and stage.plateau.every * stage.plateau.patience >= longest:
+                raise ValueError(
+                    f"stages[{i}].plateau can never end the stage: every × patience "
+                    f"({stage.plateau.every} × {stage.plateau.patience}) must be less than its {longest} steps"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
-"""Schedules: stages with resolved boundaries, as a table with a pure lookup. Read `schedule.py`."""
+"""Schedules: stages with resolved boundaries, as a table with a pure lookup. Read `schedule.py`, then `groups.py`."""
 
-from frostline.schedule.schedule import Schedule, Stage, lr_at
+from frostline.schedule.groups import Group, make_groups, norms_and_biases
+from frostline.schedule.schedule import Schedule, Stage, StepSize, plateaued
 
-__all__ = ["Schedule", "Stage", "lr_at"]
+__all__ = ["Group", "Schedule", "Stage", "StepSize", "make_groups", "norms_and_biases", "plateaued"]

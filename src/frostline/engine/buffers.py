@@ -1,0 +1,38 @@
+"""Buffers stay as they are: what a forward pass in training mode changes in one is put back.
+
+Batch statistics and routers' correction bias move without any gradient. Only buffers that a plain forward pass without
+gradients rewrites itself (rotary caches: *derived*) are left alone. Read `FrozenBuffers` first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class FrozenBuffers:
+    """The buffers of a model, as they were."""
+
+    def __init__(self, model: nn.Module, derived: tuple[str, ...]) -> None:
+        self.model = model
+        kept = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in derived}
+        self._before = {n: (b, b.detach().clone()) for n, b in kept.items()}
+        self._seen = {n: b._version for n, b in kept.items()}
+
+    def restore(self) -> list[str]:
+        """Put back what has changed since the last call; returns the names. Costs nothing where nothing was written."""
+        changed = []
+        current = dict(self.model.named_buffers(remove_duplicate=False))
+        for name, (tensor, values) in self._before.items():
+            if current.get(name) is tensor and tensor._version == self._seen[name]:
+                continue
+            if current.get(name) is not tensor:
+                path, _, own = name.rpartition(".")
+                self.model.get_submodule(path)._buffers[own] = tensor
+                changed.append(name)
+            if not torch.equal(tensor, values):
+                with torch.no_grad():
+                    tensor.copy_(values)
+                changed.append(name)
+            self._seen[name] = tensor._version
+        return list(dict.fromkeys(changed))
