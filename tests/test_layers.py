@@ -18,6 +18,7 @@ ROWS: dict[str, float] = {
     "terminal": 8.5,
     "generate": 7,
     "run": 7,
+    "learning": 7,
     "integrations": 7,
     "plan": 6,
     "audit": 6,

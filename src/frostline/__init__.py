@@ -1,11 +1,13 @@
 """Frostline: train decoder-only language models while deciding exactly what learns and when, and prove it.
 
-The main path is `train`; `read_anatomy` and `select` say what can learn, `audit` says what did.
+The main path is `train`; `learning` does the same in a loop of one's own; `read_anatomy` and `select` say what can
+learn, `audit` says what did.
 """
 
 from frostline.anatomy import Anatomy, Component, Slice, anatomy_of_parts, read_anatomy
 from frostline.audit import Audit, Diff, audit, diff_checkpoints
 from frostline.errors import FrostlineError
+from frostline.learning import Learning, learning
 from frostline.recipe import Recipe, load_recipe, recipe_from_dict
 from frostline.run import RunResult, train
 from frostline.selection import Selection, select
@@ -16,6 +18,7 @@ __all__ = [
     "Component",
     "Diff",
     "FrostlineError",
+    "Learning",
     "Recipe",
     "RunResult",
     "Selection",
@@ -23,6 +26,7 @@ __all__ = [
     "anatomy_of_parts",
     "audit",
     "diff_checkpoints",
+    "learning",
     "load_recipe",
     "read_anatomy",
     "recipe_from_dict",

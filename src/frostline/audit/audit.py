@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from frostline.anatomy import Anatomy, Slice, intersect, refine
+from frostline.anatomy import Anatomy, Neighbours, Slice, intersect, refine
 from frostline.audit.checks import check_records, evidence_of
 from frostline.audit.movement import Movement, measure, total
 from frostline.audit.states import States
@@ -123,15 +123,21 @@ def _too_small_to_show(value: torch.Tensor | None, stage: StageRecord) -> bool:
     """Whether no step of the stage can have reached the next number of any element's dtype.
 
     Adam's step is at most lr · max(1, (1-β₁)/√(1-β₂)), and weight decay adds lr · decay · |w|. SGD has no such bound.
+    Of settings by part, the largest counts for every part.
     """
     optimizer = stage.settings.get("optimizer", {})
     if value is None or optimizer.get("name") not in ("adam", "adamw"):
         return False
-    lr, decay = float(stage.settings["lr"]), float(optimizer.get("weight_decay", 0.0))
-    beta1, beta2 = optimizer.get("betas") or (0.9, 0.999)
+    lr, decay = (max(_values(v)) for v in (stage.settings["lr"], optimizer.get("weight_decay", 0.0)))
+    beta1, beta2 = max(_values(optimizer.get("betas") or (0.9, 0.999)), key=lambda b: (1 - b[0]) / math.sqrt(1 - b[1]))
     size = value.float().abs()
     half_gap = (torch.nextafter(size, torch.full_like(size, math.inf)) - size) / 4  # below a power of two it halves
     return bool((lr * max(1.0, (1 - beta1) / math.sqrt(1 - beta2)) + lr * decay * size < half_gap).all())
+
+
+def _values(setting: Any) -> list[Any]:
+    """The values of a setting that may differ by part."""
+    return list(setting.values()) if isinstance(setting, dict) else [setting]
 
 
 def _rms(norm: float, piece: Slice) -> float:
@@ -149,14 +155,11 @@ def _movement(name: str, before: str, after: str, states: States) -> Movement | 
 
 
 def _rows(anatomy: Anatomy, stage: StageRecord, findings: list[_Finding]) -> list[Row]:
-    parts: dict[str, list[tuple[Slice, str]]] = {}
-    for component in anatomy.components:
-        for s in component.slices:
-            parts.setdefault(s.tensor, []).append((s, component.name))
+    near = Neighbours(anatomy.owner)
     by_component: dict[str, list[_Finding]] = {}
     for f in findings:
-        owner = next(name for s, name in parts[f.piece.tensor] if intersect(f.piece, s) is not None)
-        by_component.setdefault(owner, []).append(f)
+        home = next(s for s in near.of(f.piece) if intersect(f.piece, s) is not None)
+        by_component.setdefault(anatomy.owner[home].name, []).append(f)
     return [_row(c.name, stage, by_component[c.name]) for c in anatomy.components if c.name in by_component]
 
 

@@ -54,7 +54,8 @@ def evidence_of(
 
     step = folder.read_status()["step"]
     ends = boundaries[-1].hashes if boundaries else {}
-    saved = [n for n, p in pieces.items() if p.tensor in states.stored]
+    has_model = folder.model.exists() or folder.has_recipe()  # a loop of the user's need not save one
+    saved = [n for n, p in pieces.items() if p.tensor in states.stored and has_model]
     return [
         rows_that("frozen parts that moved", "FROZEN BUT MOVED"),
         rows_that("learning parts that did not move, without a reason", "LEARNING BUT UNMOVED"),
@@ -95,11 +96,7 @@ def _model_files(folder: RunFolder) -> Evidence:
     there = {p.name: hash_file(p) for p in sorted(folder.model.glob("*")) if p.is_file()} if recorded else {}
     wrong = sorted(n for n in {*recorded, *there} if recorded.get(n) != there.get(n))
     if not recorded:
-        wrong = (
-            ["no file of it was recorded"]
-            if folder.model.exists() or (folder.path / "environment.json").exists()
-            else []
-        )
+        wrong = ["no file of it was recorded"] if folder.model.exists() or folder.has_recipe() else []
     return _check("files of the saved model that are missing, new or changed", wrong, "recomputed")
 
 
@@ -111,7 +108,7 @@ def _foreign_tensors(states: States) -> Evidence:
 def _recipe(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> Evidence:
     """The recipe, read again, asks for exactly what the schedule says learns."""
     claim = "stages that the recipe asks for otherwise than they were scheduled"
-    if not (folder.path / "environment.json").exists():  # a run of `train_loop` by itself has no recipe
+    if not folder.has_recipe():
         return _check(claim, [], "recomputed")
     try:
         recipe = load_recipe(folder.recipe)

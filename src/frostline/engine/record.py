@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -40,7 +41,10 @@ def cut_pieces(anatomy: Anatomy, selections: list[Selection]) -> tuple[Slice, ..
 
 
 class Recorder:
-    """Writes one run's evidence. It only reads the model."""
+    """Writes one run's evidence. It only reads the model.
+
+    `loop`: `own` for a loop of the user's, whose settings and durations no recipe says.
+    """
 
     def __init__(
         self,
@@ -50,10 +54,11 @@ class Recorder:
         schedule: Schedule,
         *,
         gradients_every: int,
+        loop: Literal["recipe", "own"] = "recipe",
     ) -> None:
         self.folder, self.model = folder, model
         self.gradients_every = gradients_every
-        self.anatomy = anatomy
+        self.anatomy, self.loop = anatomy, loop
         self.pieces = cut_pieces(anatomy, [s.selection for s in schedule.stages])
         self.learning = [tuple(p for p in self.pieces if s.selection.within(p)) for s in schedule.stages]
         self._hashes: list[dict[str, str]] = []
@@ -66,7 +71,9 @@ class Recorder:
         """Write the schedule as it is now: a stage that ended early moves those after it."""
         size = schedule.step_size
         self.folder.write_schedule(
-            [self._stage_record(s) for s in schedule.stages], step_size=None if size is None else asdict(size)
+            [self._stage_record(s) for s in schedule.stages],
+            step_size=None if size is None else asdict(size),
+            loop=self.loop,
         )
 
     def _stage_record(self, stage: Stage) -> StageRecord:
@@ -78,7 +85,7 @@ class Recorder:
             end=stage.end,
             n_learning=stage.selection.n_elements,
             learning=self.learning[stage.index],
-            settings=stage.spec.model_dump(mode="json"),
+            settings=stage.spec.model_dump(mode="json") if self.loop == "recipe" else {},
         )
 
     def boundary(self, index: int, *, step: int, derived: tuple[str, ...] = ()) -> None:

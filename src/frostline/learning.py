@@ -1,0 +1,253 @@
+"""Frostline in anybody's own training loop: `with frostline.learning(model, "ffn", out="runs/mine") as run:`.
+
+Inside, exactly what was named learns. The loop stays as it is: forward, backward, its own optimizer's `step` and
+`zero_grad`. The optimizer is made from `run.parameter_groups()`, because part of a tensor is owned by a leaf of its
+own; copying it back, sampling gradients and putting buffers back happen at every optimizer step by themselves.
+Afterwards `frostline audit` reads the run folder. Read `learning` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers import PreTrainedModel
+
+from frostline.anatomy import Anatomy, anatomy_of_parts, read_anatomy
+from frostline.audit import Audit, audit
+from frostline.engine.buffers import FrozenBuffers
+from frostline.engine.owned import Ownership
+from frostline.engine.record import Recorder
+from frostline.engine.stage_switch import Active, frozen_modules, switch
+from frostline.environment import describe_environment, hash_file
+from frostline.errors import FrostlineError
+from frostline.model import save_model
+from frostline.recipe import StageSpec
+from frostline.run_folder import RunFolder, State, storage_errors
+from frostline.schedule import Schedule, norms_and_biases
+from frostline.selection import Selection, select
+
+
+@contextmanager
+def learning(
+    model: nn.Module,
+    learn: str | Sequence[str],
+    *,
+    out: str | Path,
+    parts: Mapping[str, Sequence[str]] | None = None,
+    ties: bool = False,
+    frozen_dropout: bool = False,
+    gradients_every: int = 10,
+) -> Iterator[Learning]:
+    """Let exactly `learn` learn inside the context, and write the evidence into the new folder `out`.
+
+    `learn`: a selection, or one per stage (`run.next_stage()` enters the next). `parts`: the parts of a module that is
+    no causal language model of transformers, as in `anatomy_of_parts`. `ties`: let tied parts follow each other.
+    `frozen_dropout`: leave dropout on in modules of which nothing learns. Gradient norms are recorded at the first and
+    every `gradients_every`-th optimizer step of a stage. Raises a `FrostlineError` for a wrong selection, a folder that
+    is not empty, or an optimizer that holds something else than what learns.
+    """
+    anatomy = read_anatomy(model) if parts is None else anatomy_of_parts(model, parts)
+    expressions = [learn] if isinstance(learn, str) else list(learn)
+    selections = [select(anatomy, e, ties="together" if ties else "error") for e in expressions]
+    before = {p: p.requires_grad for p in model.parameters()}
+    modes = {m: m.training for m in model.modules()}
+    run = Learning(model, anatomy, selections, RunFolder.create(out), frozen_dropout, gradients_every)
+    try:
+        yield run
+    except BaseException as error:
+        run._close("failed", f"{type(error).__name__}: {error}")
+        raise
+    else:
+        run._close("finished", "")
+    finally:
+        for parameter, requires_grad in before.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        for module, training in modes.items():
+            module.training = training
+
+
+class Learning:
+    """A run in a loop of one's own; made by `learning`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        selections: Sequence[Selection],
+        folder: RunFolder,
+        frozen_dropout: bool,
+        gradients_every: int,
+    ) -> None:
+        self.model, self.anatomy, self.folder = model, anatomy, folder
+        self.steps = 0
+        """Optimizer steps done."""
+        dropout: Literal["on", "off"] = "on" if frozen_dropout else "off"
+        # how long a stage lasts is known when it ends, and its rates are the loop's own
+        specs = [StageSpec(learn=s.expression, steps=1, lr=1.0, frozen_dropout=dropout) for s in selections]
+        named = [(f"stage-{i + 1}", spec, s) for i, (spec, s) in enumerate(zip(specs, selections, strict=True))]
+        self._schedule = Schedule.of(named)
+        self._endings: list[int] = []
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        folder.write_status("running", step=0)
+        device = next(iter(self._parameters.values())).device
+        folder.write_json("environment.json", describe_environment(device=device, data=(), base=None))
+        self._recorder = Recorder(folder, model, anatomy, self._schedule, gradients_every=gradients_every, loop="own")
+        # no batch is at hand to find what a forward pass rewrites itself: what no checkpoint holds counts as that
+        derived = tuple(t.name for t in anatomy.tensors if t.kind == "buffer" and not t.persistent)
+        self._recorder.boundary(0, step=0, derived=derived)
+        self._buffers = FrozenBuffers(model, derived)
+        self._stepped: set[int] = set()
+        self._retired: set[nn.Parameter] = set()
+        self._handles = [
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer)),
+            register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)),
+            model.register_forward_pre_hook(lambda *_: self._still_the_frozen()),
+        ]
+        self._active = self._enter(0, None)
+
+    @property
+    def stage(self) -> str:
+        """The name of the stage in progress."""
+        return self._active.stage.name
+
+    @property
+    def selection(self) -> Selection:
+        """What learns now."""
+        return self._active.stage.selection
+
+    @property
+    def ownership(self) -> Ownership:
+        """The leaves that an optimizer may change."""
+        return self._active.ownership
+
+    def parameter_groups(self, *, weight_decay: float = 0.0, **settings: Any) -> list[dict[str, Any]]:
+        """Groups for any torch optimizer: what learns now, and nothing else; norms and biases without weight decay."""
+        plain = norms_and_biases(self.anatomy)
+        decayed = [o.value for o in self.ownership.owned if o.piece.tensor not in plain]
+        others = [o.value for o in self.ownership.owned if o.piece.tensor in plain]
+        groups = [(decayed, weight_decay), (others, 0.0)]
+        return [{"params": p, "weight_decay": decay, **settings} for p, decay in groups if p]
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients of what learns down to an L2 norm of `max_norm`; returns the norm before."""
+        return self.ownership.clip(max_norm)
+
+    def log(self, **numbers: float) -> None:
+        """Add numbers, such as `loss=…`, to `metrics.jsonl` under the steps done so far."""
+        self.folder.append(self.folder.metrics, {"step": self.steps, "stage": self.stage, **numbers})
+
+    def next_stage(self) -> None:
+        """End the stage and enter the next; make a new optimizer from `parameter_groups` afterwards."""
+        index = self._active.stage.index
+        if index + 1 == len(self._schedule.stages):
+            raise FrostlineError(f"{self.stage} is the last stage: `learn` names {index + 1}")
+        if self.steps == self._start:
+            raise FrostlineError(self._nothing_done())
+        self._end_stage()
+        self._retired |= {o.value for o in self.ownership.owned}
+        self._stepped = set()
+        self._active = self._enter(index + 1, self._active)
+
+    def save(self, tokenizer: Any = None) -> None:
+        """Save a model of transformers into the run folder, so that the audit can compare it with the evidence."""
+        if not isinstance(self.model, PreTrainedModel):
+            raise FrostlineError("only a model of transformers can be saved into the run folder")
+        with storage_errors(self.folder.model):
+            save_model(self.model, tokenizer, self.folder.model)
+            files = {p.name: hash_file(p) for p in sorted(self.folder.model.glob("*")) if p.is_file()}
+            self.folder.write_model_files(files)
+
+    def audit(self) -> Audit:
+        """The verdict on the run folder; after the context has ended."""
+        return audit(self.folder.path)
+
+    def _enter(self, index: int, leaving: Active | None) -> Active:
+        stage = self._schedule.stages[index]
+        active = switch(self._parameters, self.anatomy, stage, memory={}, leaving=leaving)
+        self._frozen = frozen_modules(self.model) if stage.spec.frozen_dropout == "off" else []
+        self._recorder.entry(stage)
+        return active
+
+    @property
+    def _start(self) -> int:
+        """Steps done before the stage in progress."""
+        return self._endings[-1] if self._endings else 0
+
+    def _nothing_done(self) -> str:
+        return f"{self.stage}: no optimizer over run.parameter_groups() made a step"
+
+    def _end_stage(self) -> None:
+        self._endings.append(self.steps)
+        self._schedule = self._schedule.ended(self._endings)
+        self._recorder.lay(self._schedule)
+        self._recorder.boundary(len(self._endings), step=self.steps)
+
+    def _close(self, state: State, message: str) -> None:
+        """Write what is left to write, whatever happened."""
+        self.ownership.release()
+        for handle in self._handles:
+            handle.remove()
+        nothing = self.steps == self._start
+        if not nothing:
+            self._end_stage()
+        idle = nothing and state == "finished"
+        if idle:
+            state, message = "failed", self._nothing_done()
+        self.folder.write_status(state, step=self.steps, message=message)
+        if idle:
+            raise FrostlineError(message)
+
+    def _mine(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer is one over what learns. Raises `FrostlineError` when it holds more of the model."""
+        held = _held(optimizer)
+        owned = {o.value for o in self.ownership.owned}
+        others = held - owned
+        name = next((n for n, p in self._parameters.items() if p in others), None)
+        if name is not None:
+            raise FrostlineError(
+                f"an optimizer holds {name}, which is not what learns in {self.stage} (or learns only in part): "
+                "make it from run.parameter_groups()"
+            )
+        if others & self._retired:
+            raise FrostlineError(
+                f"an optimizer of an earlier stage made a step in {self.stage}: make a new one from "
+                "run.parameter_groups() after run.next_stage()"
+            )
+        return bool(held & owned)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._mine(optimizer):
+            return
+        if not self._stepped or id(optimizer) in self._stepped:  # several optimizers may share one step
+            self._stepped = set()
+            self._recorder.gradients(self._active.stage, self.steps + 1, self.ownership)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._mine(optimizer):
+            return
+        if not self._stepped:
+            self.steps += 1
+        self._stepped.add(id(optimizer))
+        self.ownership.write_back()
+        held = _held(optimizer)
+        for o in self.ownership.owned:
+            if o.value is not o.parameter and o.value in held:
+                o.value.grad = None  # the model's own zero_grad does not know these leaves
+        self._recorder.drifted(self._buffers.restore())
+
+    def _still_the_frozen(self) -> None:
+        """The loop's `model.train()` reaches frozen modules too: before every forward pass they are put back."""
+        if self.model.training:
+            for module in self._frozen:
+                module.eval()
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+    return {p for group in optimizer.param_groups for p in group["params"]}
