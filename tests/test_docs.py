@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 import frostline
@@ -33,8 +34,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data: dict[str, Any] = {"train": str(tiny.write_text(folder / "text.txt")), "length": 32, "batch": 4}
     small = tiny.recipe_dict(folder, data=data)
     frostline.train(frostline.recipe_from_dict(small), out=folder / "base")
-    (recipe,) = blocks("yaml")
-    values = parse_yaml(recipe, where="README").values
+    values = parse_yaml(blocks("yaml")[0], where="README").values
     values["model"], values["data"] = str(folder / "base" / "model"), data
     for stage in values["stages"]:
         stage["steps"] = 2
@@ -43,8 +43,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readmes_recipe_is_read_as_written(tmp_path: Path) -> None:
-    (recipe,) = blocks("yaml")
-    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "recipe.yaml").write_text(blocks("yaml")[0])
     loaded = frostline.load_recipe(tmp_path / "recipe.yaml")
     assert [s.learn for s in loaded.stages] == ["all", "ffn"]
     assert loaded.stages[0].lr == 1e-3
@@ -61,10 +60,26 @@ def test_the_readmes_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPat
         assert result.exit_code == 0, (line, result.output)
 
 
+def test_the_readmes_stages_run(workplace: Path) -> None:
+    recipe = parse_yaml((workplace / "recipe.yaml").read_text(), where="recipe.yaml").values
+    values = {**recipe, **parse_yaml(blocks("yaml")[1], where="README").values, "eval": {"batches": 1}}
+    warm, repeated, polish = values["stages"]
+    assert warm["tokens"] == 100_000
+    warm |= {"tokens": 300, "warmup": 1}
+    repeated["stages"][0]["steps"] = repeated["stages"][1]["steps"] = 2
+    polish |= {"epochs": 0.1, "plateau": {"every": 1, "patience": 3}}
+    result = frostline.train(frostline.recipe_from_dict(values), out=workplace / "stages")
+    assert result.audit.passed
+    assert result.audit.stages[1:3] == ("ffn-1", "heads-1")
+
+
 def test_the_readmes_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    (code,) = blocks("python")
-    exec(code.replace("stages[0].steps=10", "stages[0].steps=1"), {})
+    main, loop = blocks("python")
+    exec(main.replace("stages[0].steps=10", "stages[0].steps=1"), {})
+    ids = torch.arange(20).reshape(2, 10)
+    code = loop.replace("path/to/model", str(workplace / "base" / "model"))
+    exec(code, {"batches": [{"input_ids": ids, "labels": ids}] * 2})
 
 
 def test_every_expression_in_the_readmes_table_means_something() -> None:

@@ -7,6 +7,7 @@ there must be an honest reason why not. Then the checks on the whole run. Read `
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,17 +123,31 @@ def _findings(
 def _too_small_to_show(value: torch.Tensor | None, stage: StageRecord) -> bool:
     """Whether no step of the stage can have reached the next number of any element's dtype.
 
-    Adam's step is at most lr · max(1, (1-β₁)/√(1-β₂)), and weight decay adds lr · decay · |w|. SGD has no such bound.
-    Of settings by part, the largest counts for every part.
+    A step of Adam is at most lr · max(1, (1-β₁)/√(1-β₂)), of Lion lr, of SGD lr · clip / (1 - momentum), because
+    clipping bounds every element of the gradient; weight decay adds lr · decay · |w|. Of settings by part, the largest
+    counts for every part.
     """
-    optimizer = stage.settings.get("optimizer", {})
-    if value is None or optimizer.get("name") not in ("adam", "adamw"):
+    largest = _largest_step(stage.settings) if stage.settings else None
+    if value is None or largest is None:
         return False
-    lr, decay = (max(_values(v)) for v in (stage.settings["lr"], optimizer.get("weight_decay", 0.0)))
-    beta1, beta2 = max(_values(optimizer.get("betas") or (0.9, 0.999)), key=lambda b: (1 - b[0]) / math.sqrt(1 - b[1]))
+    lr, decay = (max(_values(v)) for v in (stage.settings["lr"], stage.settings["optimizer"]["weight_decay"]))
     size = value.float().abs()
     half_gap = (torch.nextafter(size, torch.full_like(size, math.inf)) - size) / 4  # below a power of two it halves
-    return bool((lr * max(1.0, (1 - beta1) / math.sqrt(1 - beta2)) + lr * decay * size < half_gap).all())
+    return bool((lr * largest + lr * decay * size < half_gap).all())
+
+
+def _largest_step(settings: Mapping[str, Any]) -> float | None:
+    """How far one step can move an element, without weight decay, in units of the learning rate; None for no bound."""
+    optimizer, clip = settings["optimizer"], settings["clip"]
+    match optimizer["name"]:
+        case "adam" | "adamw":
+            pairs = _values(optimizer["betas"] or (0.9, 0.999))
+            return float(max(1.0, *((1 - b1) / math.sqrt(1 - b2) for b1, b2 in pairs)))
+        case "lion":
+            return 1.0
+        case "sgd" if clip is not None:
+            return float(clip / (1 - (optimizer["momentum"] or 0.0)))
+    return None
 
 
 def _values(setting: Any) -> list[Any]:
