@@ -29,8 +29,8 @@ LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 class StepRecord:
     """What one step computed."""
 
-    loss: float
-    """Mean over all targets of the step."""
+    loss: torch.Tensor
+    """Mean over all targets of the step, fp64, shape (); on the device: reading it waits for the device."""
     n_targets: int
 
 
@@ -49,12 +49,12 @@ def step(
     the micro-batch's position. `bf16`: matrix products in bf16 (autocast), weights as they are.
     """
     n_targets = sum(m.n_targets for m in micro_batches)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for i, micro_batch in enumerate(micro_batches):
         torch.manual_seed(derive_seed(seed, "micro-batch", i))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             summed = loss(model, micro_batch)
         if summed.requires_grad:
             (summed / max(n_targets, 1)).backward()
-        total += summed.item()
+        total += summed.detach()
     return StepRecord(loss=total / max(n_targets, 1), n_targets=n_targets)

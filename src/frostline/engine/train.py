@@ -153,9 +153,10 @@ def _one_step(
     computed = step(model, micro_batches, loss, seed=seed, device=settings.device, bf16=settings.bf16)
     recorder.gradients(stage, at + 1, ownership)
     norm = ownership.clip(stage.spec.clip or math.inf)
-    if not (math.isfinite(computed.loss) and math.isfinite(norm)):
+    value = computed.loss.item()
+    if not (math.isfinite(value) and math.isfinite(norm)):
         raise NonFiniteError(
-            f"step {at + 1} (stage {stage.name}): loss {computed.loss}, gradient norm {norm}; stopped before the update"
+            f"step {at + 1} (stage {stage.name}): loss {value}, gradient norm {norm}; stopped before the update"
         )
     lr = optimizer.set_rate(schedule.rate_at(at))
     optimizer.step()
@@ -164,7 +165,7 @@ def _one_step(
     return StepDone(
         stage=stage,
         step=at + 1,
-        loss=computed.loss,
+        loss=value,
         lr=lr,
         gradient_norm=norm,
         n_targets=computed.n_targets,

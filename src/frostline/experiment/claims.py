@@ -96,7 +96,7 @@ class _Bench:
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)  # some sums run in any order otherwise (GPT-OSS)
         try:
-            return step(self.model, [self.batch], next_token_loss, seed=SEED, device=self.device).loss
+            return step(self.model, [self.batch], next_token_loss, seed=SEED, device=self.device).loss.item()
         finally:
             torch.use_deterministic_algorithms(before)
 
