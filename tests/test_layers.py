@@ -19,6 +19,7 @@ ROWS: dict[str, float] = {
     "generate": 7,
     "run": 7,
     "learning": 7,
+    "planning": 7.5,
     "integrations": 7,
     "plan": 6,
     "audit": 6,

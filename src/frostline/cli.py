@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from frostline.errors import FrostlineError
+from frostline.errors import FrostlineError, PlanError
 
 if TYPE_CHECKING:
     from frostline.anatomy import Anatomy
@@ -129,8 +129,77 @@ def select(
         return
     console = _console()
     console.print(comparison_table(first, second) if second is not None else selection_table(first))
-    if tensors:
-        console.print(slices_table(first))
+    for selection in (first, second) if tensors else ():
+        if selection is not None:
+            console.print(slices_table(selection))
+
+
+@app.command()
+@errors_for_people
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a model: folder, hub name or config.json.")],
+    learn: Annotated[str, typer.Option(help="For a model: what learns, one selection.", metavar="EXPRESSION")] = "all",
+    rows: Annotated[int, typer.Option(help="For a model: rows per step.", min=1)] = 1,
+    length: Annotated[int, typer.Option(help="For a model: tokens per row.", min=2)] = 2048,
+    memory: Annotated[str | None, typer.Option(help="Say what fits: 80GB, 24GiB.", metavar="SIZE")] = None,
+    compared: Annotated[bool, typer.Option("--compare", help="The cost of other selections, side by side.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a key of the recipe: stages[0].lr=1e-4.", metavar="KEY=VALUE"),
+    ] = None,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Say what a run will cost, without weights and without a GPU."""
+    from frostline.planning import plan_model, plan_recipe
+    from frostline.terminal import print_plan
+    from frostline.units import parse_bytes
+
+    try:
+        limit = parse_bytes(memory) if memory else None
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    if recipe.endswith((".yaml", ".yml")):
+        found = plan_recipe(
+            Path(recipe),
+            overrides=overrides or (),
+            memory=limit,
+            compared=compared,
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        found = plan_model(
+            recipe, learn=learn, rows=rows, length=length, memory=limit, compared=compared,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    if as_json:
+        _print_json({"schema": 1, **found.to_json()})
+    else:
+        print_plan(_console(), found)
+
+
+@app.command()
+@errors_for_people
+def why(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a key: stages[0].lr=1e-4.", metavar="KEY=VALUE"),
+    ] = None,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Say which parts make the stages of a recipe expensive, and what leaving them out would save."""
+    from dataclasses import asdict
+
+    from frostline.planning import why_recipe
+    from frostline.terminal import print_why
+
+    found = why_recipe(recipe, overrides=overrides or (), trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json({"schema": 1, "stages": [asdict(w) for w in found]})
+    else:
+        print_why(_console(), found)
 
 
 @app.command()

@@ -52,6 +52,10 @@ class NonFiniteError(FrostlineError):
     exit_code = 3
 
 
+class PlanError(FrostlineError):
+    """A cost that cannot be predicted; never a silent zero."""
+
+
 class StorageError(FrostlineError):
     """Writing to the run folder failed (disk full, read-only, …)."""
 

@@ -137,7 +137,7 @@ class Learning:
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients of what learns down to an L2 norm of `max_norm`; returns the norm before."""
-        return self.ownership.clip(max_norm)
+        return self.ownership.clip(max_norm).item()
 
     def log(self, **numbers: float) -> None:
         """Add numbers, such as `loss=…`, to `metrics.jsonl` under the steps done so far."""

@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -49,6 +50,18 @@ def load_skeleton(source: Source, *, trust_remote_code: bool = False) -> nn.Modu
     try:
         with quiet_transformers(), torch.device("meta"):
             return _module(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    except Exception as error:  # constructors raise whatever their checks raise
+        raise _cannot_load("causal language model", source, error) from error
+
+
+def load_fake(source: Source, *, trust_remote_code: bool = False) -> tuple[nn.Module, FakeTensorMode]:
+    """The model in fp32 with tensors that have shapes and no values, and the mode they live in. Raises `ModelError`."""
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with quiet_transformers(), mode, torch.device("cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            return _module(model), mode
     except Exception as error:  # constructors raise whatever their checks raise
         raise _cannot_load("causal language model", source, error) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 
@@ -21,6 +22,20 @@ def format_count(n: int) -> str:
 def format_bytes(n: float) -> str:
     """`1536` → `1.5 KiB`."""
     return _scaled(n, ("B", "KiB", "MiB", "GiB", "TiB"), 1024.0)
+
+
+def parse_bytes(text: str) -> int:
+    """`80GB` → 80,000,000,000; `24GiB` → 24 · 2³⁰. Raises `ValueError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
+    if match is None:
+        raise ValueError(f"'{text}' is no size: write it as in 80GB or 24GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def format_flops(n: float) -> str:
+    """`2.5e12` → `2.5 TFLOP`."""
+    return _scaled(n, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"), 1000.0)
 
 
 def format_duration(seconds: float) -> str:

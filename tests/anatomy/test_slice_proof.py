@@ -30,6 +30,14 @@ FOUR_LAYERS = {"num_hidden_layers": 4}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba with attention": ("bamba", {"attn_layer_indices": [1]}),
     "cohere with norms of q and k": ("cohere", {"use_qk_norm": True}),
+    "cohere with groups": ("cohere", {"use_qk_norm": True, "num_key_value_heads": 2}),
+    "llama with groups": ("llama", {"num_key_value_heads": 2}),
+    "olmo2 with groups": ("olmo2", {"num_key_value_heads": 2}),
+    "phi3 with groups": ("phi3", {"num_key_value_heads": 2}),
+    "qwen2 with groups": ("qwen2", {"num_key_value_heads": 2}),
+    "stablelm with groups": ("stablelm", {"num_key_value_heads": 2}),
+    "gemma4 with keys as values": ("gemma4_text", {**FOUR_LAYERS, "attention_k_eq_v": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2}),
     "deepseek_v2 with q in one matrix": ("deepseek_v2", {"q_lora_rank": None, **all_types.DEFAULTS["deepseek_v2"]}),
     "deepseek_v3 with q in one matrix": ("deepseek_v3", {"q_lora_rank": None}),
     "deepseek_v4 with short windows": (
@@ -100,6 +108,17 @@ def test_slices_agree_with_what_a_tiny_model_does(model_type: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_slices_agree_with_other_layouts_of_a_type_too(name: str) -> None:
     check(*proof_of(name))
+
+
+def test_cross_attention_is_named_by_its_own_layout_has_no_heads_and_is_listed_as_not_measured() -> None:
+    model = make("gpt2", add_cross_attention=True)
+    anatomy = read_anatomy(model)
+    slices = {c.name: str(c.slices[0]).rpartition("crossattention.")[2] for c in anatomy.components}
+    assert slices["layers[0].cross_attn.q"] == "q_attn.weight[0:64, 0:64]"
+    assert slices["layers[0].cross_attn.k"] == "c_attn.weight[0:64, 0:64]"
+    assert slices["layers[0].cross_attn.v"] == "c_attn.weight[0:64, 64:128]"
+    assert not any("cross_attn" in cut.name for cut in anatomy.cuts)
+    assert any("layers[0].cross_attn" in line for line in prove_slices(model, anatomy).unmeasured)
 
 
 def test_most_types_have_heads_neurons_and_experts() -> None:
@@ -396,8 +415,6 @@ def test_attention_that_calls_the_fused_function_is_measured_too() -> None:
 QUIET = {
     ("gemma3n_text", "up"): "its sparse activation leaves most neurons out",
     ("gemma3n_text", "down"): "its sparse activation leaves most neurons out",
-    ("hunyuan_v1_moe", "router"): "its weights over the chosen experts do not depend on the logits' size here",
-    ("phimoe", "router"): "its weights over the chosen experts do not depend on the logits' size here",
     ("longcat_flash", "unused"): "rows of identity experts, which nothing reads",
     ("longcat_flash", "gate"): "its first FFN stands before its second attention",
     ("longcat_flash", "up"): "its first FFN stands before its second attention",
@@ -434,9 +451,9 @@ def test_the_elements_of_the_last_ffn_change_the_blocks_output_and_no_mixers(mod
     reaches_mixer = [touched(out, names, branch) for out in returned]
     wrong = set()
     for component, s in parts:
-        honest = bool(take(reaches_block[s.tensor], s).all()) and not any(
-            take(m[s.tensor], s).any() for m in reaches_mixer
-        )
+        unchosen = component.path[-1][0] == "router"  # rows of experts that no token here was sent to
+        reaches = unchosen or bool(take(reaches_block[s.tensor], s).all())
+        honest = reaches and not any(take(m[s.tensor], s).any() for m in reaches_mixer)
         wrong |= set() if honest else {(model_type, component.path[-1][0])}
     assert wrong <= set(QUIET), wrong
     assert {key for key in QUIET if key[0] == model_type} <= wrong, "an exception that is none"

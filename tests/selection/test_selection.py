@@ -8,14 +8,16 @@ import re
 from dataclasses import replace
 from functools import lru_cache, reduce
 
+import all_types
 import numpy as np
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from frostline.anatomy import anatomy_of_parts, slice_to_json
+from frostline.anatomy import anatomy_of_parts, read_anatomy, slice_to_json
 from frostline.errors import SelectionError
 from frostline.selection import Selection, compare, known_names, select, selection_to_json, shared_heads
 
@@ -482,9 +484,14 @@ def test_buffers_are_never_selected():
             "llama",
             "layers[0].attn.{q,up}",
             18,
-            "'layers.attn' has no part 'up' directly inside. It has: q, k, v, o, heads",
+            "'layers[0].attn' has no part 'up' directly inside. It has: q, k, v, o, heads",
         ),
-        ("llama", "layers[0].ffn.gatee", 14, "'layers.ffn' has no part 'gatee' directly inside. Did you mean 'gate'?"),
+        (
+            "llama",
+            "layers[0].ffn.gatee",
+            14,
+            "'layers[0].ffn' has no part 'gatee' directly inside. Did you mean 'gate'?",
+        ),
         ("llama", "layers[0].ffn.gatee", 14, "It has: gate, up, down, neurons."),
         ("llama", "attn.heads[4]", 11, "heads[4] is out of range: there are 4, 0 to 3"),
         ("llama", "kv_heads[0,2]", 11, "kv_heads[2] is out of range: there are 2, 0 to 1"),
@@ -502,7 +509,7 @@ def test_buffers_are_never_selected():
             "mixtral",
             "experts[0].{gate,q}",
             17,
-            "'experts' has no part 'q' directly inside. It has: gate, up, down, neurons.",
+            "'experts[0]' has no part 'q' directly inside. It has: gate, up, down, neurons.",
         ),
     ],
 )
@@ -574,6 +581,15 @@ def test_parts_of_other_depth_count_their_own_indices():
 def test_an_index_out_of_range_where_it_stands_is_refused_even_if_it_is_in_range_elsewhere(text):
     with pytest.raises(SelectionError, match="out of range"):
         select(uneven_experts(), text)
+
+
+def test_a_head_that_some_of_the_named_layers_lack_is_refused_with_the_layer():
+    with torch.device("meta"):
+        anatomy = read_anatomy(all_types.small_model("mimo_v2_flash"))
+    assert {c.n for c in anatomy.cuts if c.name.endswith("kv_heads")} == {2, 4}
+    with pytest.raises(SelectionError, match=r"layers\[0\]\.attn\.kv_heads\[2:4\] is out of range: there are 2"):
+        select(anatomy, "attn.kv_heads[2:4]")
+    assert select(anatomy, "attn.kv_heads[-1]").layers == (0, 1, 2, 3)
 
 
 def uneven_experts():

@@ -14,7 +14,15 @@ from torch import nn
 
 from frostline.anatomy import families
 from frostline.anatomy.component import TensorInfo
-from frostline.anatomy.layouts import Axes, expert_slices, expert_tensors, head_sizes, packing_of, projection_axes
+from frostline.anatomy.layouts import (
+    Axes,
+    Packing,
+    expert_slices,
+    expert_tensors,
+    head_sizes,
+    packing_of,
+    projection_axes,
+)
 from frostline.anatomy.slices import Slice, whole
 
 Named = tuple[str, tuple[Slice, ...]]
@@ -151,7 +159,8 @@ class BlockReader:
         """Note the number of query heads of an attention branch, where it or a module it wraps says so."""
         inner = next((m for m in (module, *module.children()) if head_sizes(m)), None)
         sizes = head_sizes(inner) if inner is not None else None
-        if sizes and self.model_type not in families.NO_HEADS:
+        # attention to another sequence is not measured, so it has no heads
+        if sizes and role.split("[")[0] == "attn" and self.model_type not in families.NO_HEADS:
             self.n_heads[f"{self.at}.{role}"] = sizes.n_heads
 
     def named_parts(
@@ -167,14 +176,18 @@ class BlockReader:
             if not self.has_tensors(here):
                 continue
             known = names.get(name)
+            if known == "k" and role.startswith("attn") and _one_projection_for_both(module):
+                known = "kv"
             if name == "experts" and names is families.ATTENTION_PARTS:
                 yield from self.named_parts(role, child, here, families.ATTENTION_EXPERT_PARTS)
             elif name in families.ATTENTION_HELPERS:
                 yield from self.named_parts(f"{role}.{name}", child, here, {})
             elif known in (None, "qkv") and any(n in names for n, _ in child.named_children()):
                 yield from self.named_parts(role, child, here, names)  # a wrapper such as GPT-Neo's `attn.attention`
+            elif known is None:
+                yield f"{role}.{_own_name(name)}", self.inside(here)
             else:
-                yield from self.projection(role, known or _own_name(name), module, name, here)
+                yield from self.projection(role, known, module, name, here)
 
     def projection(
         self, role: str, name: str, module: nn.Module, attribute: str, path: str
@@ -183,7 +196,10 @@ class BlockReader:
         tensors = [t for t in self.tensors if t.name.startswith(path + ".")]
         weight = next((t for t in tensors if t.name.endswith("weight") and not families.ADAPTERS.search(t.name)), None)
         n = weight.shape[self.out_dim(weight)] if weight and weight.shape else 0
-        packing = packing_of(self.model_type, module, attribute, name, n)
+        if role.startswith("cross_attn") and name == "qkv" and hasattr(module, "q_attn"):
+            packing: Packing | None = Packing(1, (("k", n // 2), ("v", n // 2)))  # GPT-2's, beside a query of its own
+        else:
+            packing = packing_of(self.model_type, module, attribute, name, n)
         if packing is None:
             yield f"{role}.{name}", self.inside(path)
             return
@@ -272,6 +288,12 @@ class BlockReader:
     def has_tensors(self, path: str) -> bool:
         """Whether any tensor lies below `path`."""
         return any(name.startswith(path + ".") for name in self.shapes)
+
+
+def _one_projection_for_both(attention: nn.Module) -> bool:
+    """Whether keys are values too: a key projection and no value projection (Gemma 4)."""
+    names = dict(attention.named_children())
+    return "k_proj" in names and not any(name.startswith(("v_proj", "kv_")) for name in names)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-from frostline.anatomy.slices import Slice, compress, overlap, slice_from_json, slice_to_json, whole
+from frostline.anatomy.slices import Indices, Slice, compress, overlap, slice_from_json, slice_to_json, whole
 from frostline.errors import AnatomyError
 
 Segment = tuple[str, int | None]
@@ -98,17 +98,23 @@ class Cut:
 
     def members(self, chosen: Iterable[int]) -> tuple[Slice, ...]:
         """The slices that hold the chosen members (0-based) and nothing else."""
-        wanted = sorted(set(chosen))
+        wanted = tuple(sorted(set(chosen)))
         if len(wanted) == self.n:
             return tuple(piece for piece, _ in self.pieces)
         return tuple(_chunks(piece, dim, self.n, wanted) for piece, dim in self.pieces)
 
 
-def _chunks(piece: Slice, dim: int, n: int, wanted: Sequence[int]) -> Slice:
-    indices = [i for r in piece.index[dim] for i in r]
-    width = len(indices) // n
-    taken = compress(i for chunk in wanted for i in indices[chunk * width : (chunk + 1) * width])
+def _chunks(piece: Slice, dim: int, n: int, wanted: tuple[int, ...]) -> Slice:
+    taken = _taken(piece.index[dim], n, wanted)
     return Slice(piece.tensor, (*piece.index[:dim], taken, *piece.index[dim + 1 :]))
+
+
+@lru_cache(maxsize=512)
+def _taken(indices: Indices, n: int, wanted: tuple[int, ...]) -> Indices:
+    """The chosen of `n` equal chunks; remembered, because thousands of experts are cut alike."""
+    flat = [i for r in indices for i in r]
+    width = len(flat) // n
+    return compress(i for chunk in wanted for i in flat[chunk * width : (chunk + 1) * width])
 
 
 @dataclass(frozen=True, kw_only=True)

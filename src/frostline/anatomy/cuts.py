@@ -21,8 +21,6 @@ CUTS = ("heads", "kv_heads", "neurons", "rows")
 _ROW_OWNERS = ("embed", "head", "position")
 _EXTRAS = ("gate", "gate_bias", "sinks", "o_norm")
 """Further parts of attention that belong to query heads: as many rows as there are heads, or as their outputs."""
-_KV_EXTRAS = ("A", "dt_proj")
-"""Further parts of attention that belong to key/value heads: as many rows as there are."""
 
 Pieces = tuple[tuple[Slice, int], ...]
 
@@ -72,7 +70,9 @@ def _split(name: str) -> tuple[str, str]:
 
 def _heads(branch: str, parts: Mapping[str, Component], n: int, reader: _Reader) -> Iterator[Cut]:
     query, out = reader.along(_of(parts, "q", "q.b"), 0), reader.along([parts.get("o")], 1)
-    key, value = reader.along(_of(parts, "k", "k.b"), 0), reader.along(_of(parts, "v", "v.b"), 0)
+    both = reader.along(_of(parts, "kv"), 0)  # one projection for keys and values
+    key = both or reader.along(_of(parts, "k", "k.b"), 0)
+    value = () if both else reader.along(_of(parts, "v", "v.b"), 0)
     if not query or not out or not _divide((*query, *out), n):
         return
     extras = [p for name in _EXTRAS if name in parts for p in reader.along([parts[name]], 0)]
@@ -80,9 +80,8 @@ def _heads(branch: str, parts: Mapping[str, Component], n: int, reader: _Reader)
     own = (*query, *_norm(parts, "q_norm", query, reader), *out)
     own += tuple((s, dim) for s, dim in extras if s.shape[dim] in (n, width))
     n_kv = _n_kv(query, key, n) if "k.b" not in parts else n
-    if key and value and n_kv and _divide((*key, *value), n_kv):
-        more = reader.along(_of(parts, *_KV_EXTRAS), 0)
-        shared = (*key, *_norm(parts, "k_norm", key, reader), *value, *((s, d) for s, d in more if s.shape[d] == n_kv))
+    if key and (value or both) and n_kv and _divide((*key, *value), n_kv):
+        shared = (*key, *_norm(parts, "k_norm", key, reader), *value)
         if n_kv == n:
             own += shared
         yield Cut(name=f"{branch}.heads", n=n, pieces=own)

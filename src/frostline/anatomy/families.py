@@ -45,7 +45,7 @@ ATTENTION_PARTS: dict[str, str] = {
     "Wq": "q", "Wk": "k", "Wv": "v", "q": "q", "k": "k", "v": "v", "project_q": "q", "project_k": "k",
     "project_v": "v", "attention_out": "o", "dense_bias": "o",
     "Wo": "o", "gate_proj": "gate", "g_proj": "gate",
-    "c_attn": "qkv", "qkv_proj": "qkv", "query_key_value": "qkv", "Wqkv": "qkv",
+    "c_attn": "qkv", "qkv_proj": "qkv", "query_key_value": "qkv", "Wqkv": "qkv", "q_attn": "q",
     "q_a_proj": "q.a", "q_a_layernorm": "q.a_norm", "q_a_norm": "q.a_norm", "q_b_proj": "q.b", "q_gate_proj": "q.b",
     "kv_a_proj_with_mqa": "kv.a", "kv_a_layernorm": "kv.a_norm", "kv_b_proj": "kv.b", "kv_proj": "kv",
     "o_a_proj": "o.a", "o_b_proj": "o.b", "v_proj_current": "v.current", "v_proj_delayed": "v.delayed",
@@ -79,6 +79,7 @@ PACKED_BY_TYPE: dict[tuple[str, str], str] = {
 """(model type, attribute) → the same, where an attribute is packed otherwise than everywhere."""
 
 NO_HEADS: dict[str, str] = {
+    "doge": "the values of all heads make the mask of each",
     "diffllama": "the outputs of two heads are subtracted from each other before they reach their columns",
     "zaya": "queries and keys are added to each other",
     "inkling_text": "relative positions and convolutions belong to heads in tensors of their own",

@@ -77,6 +77,9 @@ def shrink_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a configuration with every known size made small; lists per layer are cut to the tiny depth."""
     depth = next((v for n, v in fields.items() if DEPTH.search(n) and isinstance(v, int)), None)
     small = {name: _shrunk(name, value, depth) for name, value in fields.items()}
+    heads, kv_heads = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    if "num_key_value_heads" in small and kv_heads in (None, heads):  # every query head has keys of its own
+        small["num_key_value_heads"] = small["num_attention_heads"]
     if "kv_lora_rank" in small and "qk_rope_head_dim" in small:  # latent attention: one KV head per query head
         small |= {n: v for n, v in (("num_key_value_heads", 4), ("head_dim", 8)) if n in small}
     if {"expand", "num_heads", "head_dim", "hidden_size"} <= set(small):  # Mamba-2: heads span the expanded width

@@ -61,7 +61,6 @@ OTHER_ROLES: dict[tuple[str, str], tuple[tuple[Roles, ...], str]] = {
 """(model type, part) → what it may influence in this architecture instead, and how."""
 
 TRUE_EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("doge", "attn.kv_heads"): "the values of all heads make the mask of each",
     ("gemma3n_text", "ffn.neurons"): "the threshold of its sparse activation depends on all gates",
     ("inkling2_text", "ffn.gate"): "both gate and up go through a soft cap",
     (

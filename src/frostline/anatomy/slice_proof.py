@@ -48,6 +48,8 @@ def prove_slices(model: nn.Module, anatomy: Anatomy, *, seed: int = 0) -> SliceP
     """
     found = Findings(anatomy.model_type)
     unmeasured: list[str] = []
+    across = {".".join(c.name.split(".")[:2]) for c in anatomy.components if c.path[-2:][0][0] == "cross_attn"}
+    unmeasured += [f"{name}: attention to another sequence is not measured" for name in sorted(across)]
     for part in _parts(model, anatomy, unmeasured, seed):
         for check in CHECKS[part.kind]:
             try:
@@ -104,6 +106,7 @@ def prepare_to_measure(model: nn.Module, anatomy: Anatomy, seed: int) -> None:
     with torch.no_grad():
         for p in model.parameters():
             if p.is_floating_point():
+                p.requires_grad_(True)  # an adapter freezes the weights below it
                 p.add_(NOISE * torch.randn(p.shape, generator=generator))
         for name, n_experts in _expert_tables(anatomy):
             table = model.get_buffer(name)

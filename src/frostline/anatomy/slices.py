@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import mul
 from typing import Any
 
@@ -212,7 +212,18 @@ def _intersect_indices(a: Indices, b: Indices) -> Indices:
         if a[0].step == 1 or len(common) > 2:
             return (common,) if len(common) else ()
         return compress(common)
+    return _intersect_sets(a, b)
+
+
+@lru_cache(maxsize=4096)
+def _intersect_sets(a: Indices, b: Indices) -> Indices:
+    """Remembered, because thousands of experts and layers are cut alike."""
     return compress(_members(a) & _members(b))
+
+
+@lru_cache(maxsize=4096)
+def _subtract_sets(a: Indices, b: Indices) -> Indices:
+    return compress(_members(a) - _members(b))
 
 
 def _subtract_indices(a: Indices, b: Indices) -> Indices:
@@ -222,7 +233,7 @@ def _subtract_indices(a: Indices, b: Indices) -> Indices:
         left = range(a[0].start, min(a[0].stop, b[0].start))
         right = range(max(a[0].start, b[0].stop), a[0].stop)
         return tuple(r for r in (left, right) if len(r))
-    return compress(_members(a) - _members(b))
+    return _subtract_sets(a, b)
 
 
 def _members(indices: Indices) -> set[int]:

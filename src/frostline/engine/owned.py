@@ -39,10 +39,8 @@ class Owned:
     value: nn.Parameter
     """A contiguous leaf: `parameter` itself, its shard, or a copy of the elements, leading dimensions of 1 dropped."""
 
-    @property
-    def is_copy(self) -> bool:
-        """Whether `value` must be written back."""
-        return self.value.untyped_storage().data_ptr() != local_part(self.parameter).untyped_storage().data_ptr()
+    is_copy: bool
+    """Whether `value` must be written back."""
 
     @property
     def is_sharded(self) -> bool:
@@ -62,8 +60,8 @@ class Owned:
             gradient = torch.zeros_like(self.value)
         if self.value.grad is None:
             own = gradient.to(self.value)
-            aliased = own.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr()
-            self.value.grad = own.clone(memory_format=torch.contiguous_format) if aliased else own.contiguous()
+            as_it_was = own is gradient  # and may be a view of the packed gradient, which is cleared
+            self.value.grad = own.clone(memory_format=torch.contiguous_format) if as_it_was else own.contiguous()
         else:
             self.value.grad.add_(gradient.to(self.value))
 
@@ -88,17 +86,17 @@ class Ownership:
             for o in self.owned:
                 o.write_back()
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients down to an L2 norm of `max_norm` over all that learns; returns the norm before."""
         values = [o.value for o in self.owned]
         if not any(o.is_sharded for o in self.owned):
-            return torch.nn.utils.clip_grad_norm_(values, max_norm).item()
+            return torch.nn.utils.clip_grad_norm_(values, max_norm)
         gradients = [v.grad for v in values if v.grad is not None and v.numel()]
         squares = torch.nn.utils.get_total_norm(gradients).square() if gradients else torch.zeros(())
         torch.distributed.all_reduce(squares)
         norm = squares.sqrt()
         torch.nn.utils.clip_grads_with_norm_(values, max_norm, norm)
-        return norm.item()
+        return norm
 
     def release(self) -> None:
         """Remove the hooks."""
@@ -151,10 +149,10 @@ def _owned(parameter: nn.Parameter, piece: Slice, dtype: torch.dtype | None, dev
     as_it_is = dtype in (None, part.dtype) and device in (None, part.device)
     if as_it_is and local == whole(piece.tensor, part.shape) and part.is_contiguous():
         value = parameter if part is parameter else nn.Parameter(part.detach())
-    else:
-        copy = take(part.detach(), local).to(dtype=dtype, device=device, copy=True)
-        value = nn.Parameter(copy.reshape(leaf_shape(local.shape)).contiguous())
-    return Owned(piece=piece, parameter=parameter, local=local, value=value)
+        return Owned(piece=piece, parameter=parameter, local=local, value=value, is_copy=False)
+    copy = take(part.detach(), local).to(dtype=dtype, device=device, copy=True)
+    value = nn.Parameter(copy.reshape(leaf_shape(local.shape)).contiguous())
+    return Owned(piece=piece, parameter=parameter, local=local, value=value, is_copy=True)
 
 
 def leaf_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -152,7 +152,7 @@ def _one_step(
     seed = derive_seed(settings.seed, "step", at)
     computed = step(model, micro_batches, loss, seed=seed, device=settings.device, bf16=settings.bf16)
     recorder.gradients(stage, at + 1, ownership)
-    norm = ownership.clip(stage.spec.clip or math.inf)
+    norm = ownership.clip(stage.spec.clip or math.inf).item()
     value = computed.loss.item()
     if not (math.isfinite(value) and math.isfinite(norm)):
         raise NonFiniteError(

@@ -21,6 +21,7 @@ from frostline.anatomy import (
     intersect,
     intersect_all,
     subtract_all,
+    whole,
 )
 from frostline.anatomy.component import Segment
 from frostline.errors import SelectionError, did_you_mean
@@ -261,7 +262,7 @@ class Resolver:
     def no_part_inside(self, name: str, segments: tuple[PathSegment, ...], column: int) -> SelectionError:
         """That what `segments` name has no part of that name, and which it has."""
         inside = self.names_after(segments)
-        before = ".".join("|".join(s.names) for s in segments)
+        before = ".".join(map(_text, segments))
         hint = did_you_mean(name, inside) + (f" It has: {', '.join(inside)}." if inside else "")
         return self.error(f"'{before}' has no part '{name}' directly inside.{hint}", column)
 
@@ -278,7 +279,8 @@ class Resolver:
                 follows = path.segments[k + 1]
                 here = ".".join(map(_text, path.segments[: k + 1]))
                 before = ".".join(map(_text, path.segments[:k]))
-                part = ".".join(filter(None, (before, _text(follows))))
+                is_group = k == len(path.segments) - 2 and follows.names[0] in set(GROUPS) - self.parts
+                part = follows.names[0] if is_group else ".".join(filter(None, (before, _text(follows))))
                 raise self.error(
                     f"nothing can follow '{cut}', which divides several parts at once: write '{here} & {part}'",
                     follows.columns[0],
@@ -305,6 +307,11 @@ class Resolver:
                 self.check_name(path, k, PathSegment((name,), (column,), segment.items), group)
             for item in segment.items or ():
                 alone = PathSegment(segment.names, segment.columns, (item,))
+                everywhere = (*segments[:k], PathSegment(segment.names, segment.columns, None))
+                short = [c for c in self.fitting(everywhere) if isinstance(c, Cut) and not in_range(item, c.n)]
+                if short:  # unlike layers, heads and neurons of every layer that is named must exist
+                    message = f"{short[0].name}[{item.text}] is out of range: there are {short[0].n}"
+                    raise self.error(message, item.column)
                 if not self.fitting((*segments[:k], alone)):
                     place = ".".join(map(_text, segments[:k])) or "this model"
                     raise self.error(f"{segment.names[0]}[{item.text}] is out of range in {place}", item.column)
@@ -350,7 +357,7 @@ class Resolver:
             if lacking or extra:
                 one, other = (alias, source) if lacking else (source, alias)
                 if ties == "error":
-                    raise self.tie_error(one, other, source)
+                    raise self.tie_error(one, other, source, partly=(lacking or extra) != self.whole_of(source))
                 self.pulled_in.append((self.component_of(one), self.component_of(other)))
             own = (*own, *lacking)
         return own
@@ -359,14 +366,19 @@ class Resolver:
         """The name of a component that holds something of a tensor."""
         return next(c.name for c in self.anatomy.components if any(s.tensor == tensor for s in c.slices))
 
-    def tie_error(self, one: str, other: str, source: str) -> SelectionError:
+    def whole_of(self, tensor: str) -> Slices:
+        """A tensor as the slice that holds all of it."""
+        return (whole(tensor, self.anatomy.tensor[tensor].shape),)
+
+    def tie_error(self, one: str, other: str, source: str, *, partly: bool) -> SelectionError:
         """That one of two tied tensors was selected without the other."""
         taken, lacking = self.component_of(one), self.component_of(other)
         column = max(self.expression.find(taken), 0)
+        both = f"the same of '{lacking}' too" if partly else f"both ('{taken} | {lacking}')"
         return self.error(
             f"'{taken}' and '{lacking}' are tied (one tensor, {source}), and this selects '{taken}' without "
             f"'{lacking}'.\n"
-            f"  Select both ('{taken} | {lacking}') or neither, or set `ties: together` to let both learn,\n"
+            f"  Select {both} or neither, or set `ties: together` to let both learn,\n"
             f"  or `ties: untie` to give each weights of its own first.",
             column,
         )

@@ -1,0 +1,19 @@
+"""Plans: what a run will cost, from one abstract execution of its steps. Read `plan.py`, then `trace.py`."""
+
+from frostline.plan.meter import KINDS, Kind, Meter
+from frostline.plan.plan import Batching, Plan, StagePlan, alternatives, make_plan, plan_to_json
+from frostline.plan.trace import StageCost, trace_stage
+
+__all__ = [
+    "KINDS",
+    "Batching",
+    "Kind",
+    "Meter",
+    "Plan",
+    "StageCost",
+    "StagePlan",
+    "alternatives",
+    "make_plan",
+    "plan_to_json",
+    "trace_stage",
+]

@@ -1,0 +1,150 @@
+"""The plan of a run: what every stage computes, holds and writes, before anything is trained.
+
+`make_plan` traces one optimizer step per stage; everything else follows from it and from the schedule. Read it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from frostline.model import Source, load_fake, untie
+from frostline.plan.meter import KINDS
+from frostline.plan.trace import StageCost, trace_stage
+from frostline.schedule import Schedule, Stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batching:
+    """What a step takes."""
+
+    rows: int
+    """Per optimizer step."""
+    length: int
+    """Tokens per row."""
+    bf16: bool = False
+    """Matrix products in bf16 (autocast)."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """The prediction for one stage."""
+
+    name: str
+    learn: str
+    n_steps: int
+    """At most so many, where a plateau may end the stage."""
+    n_learning: int
+    """Parameters that learn."""
+    cost: StageCost
+    """Of one optimizer step."""
+    evidence_bytes: int
+    """Entry values that the run folder keeps for the audit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The prediction for a schedule."""
+
+    model_type: str
+    n_parameters: int
+    batching: Batching
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs of the whole run, held-out losses apart."""
+        return sum(s.n_steps * s.cost.total_flops for s in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that any stage holds."""
+        return max(s.cost.peak_bytes for s in self.stages)
+
+
+def make_plan(
+    source: Source, schedule: Schedule, batching: Batching, *, untied: bool = False, trust_remote_code: bool = False
+) -> Plan:
+    """The plan of a schedule over the model that `source` says. Reads no weights and needs no memory for them.
+
+    `untied`: the head has weights of its own. Raises `PlanError` for arithmetic without a formula.
+    """
+    model, mode = load_fake(source, trust_remote_code=trust_remote_code)
+    if untied:
+        with mode:
+            untie(model)
+    anatomy = schedule.stages[0].selection.anatomy
+    n_vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    stages: list[StagePlan] = []
+    traced: dict[object, StageCost] = {}
+    for stage in schedule.stages:
+        key = _like(stage)  # repeated stages cost the same
+        if key not in traced:
+            traced[key] = trace_stage(
+                model,
+                anatomy,
+                stage,
+                rows=batching.rows,
+                length=batching.length,
+                n_vocabulary=n_vocabulary,
+                bf16=batching.bf16,
+                mode=mode,
+            )
+        stages.append(_stage_plan(stage, traced[key]))
+    return Plan(
+        model_type=anatomy.model_type, n_parameters=anatomy.n_parameters, batching=batching, stages=tuple(stages)
+    )
+
+
+def _like(stage: Stage) -> object:
+    return stage.spec.model_copy(update={"name": None, "steps": None, "tokens": None, "epochs": 1.0}).model_dump_json()
+
+
+def _stage_plan(stage: Stage, cost: StageCost) -> StagePlan:
+    return StagePlan(
+        name=stage.name,
+        learn=stage.selection.expression,
+        n_steps=stage.n_steps,
+        n_learning=stage.selection.n_elements,
+        cost=cost,
+        evidence_bytes=stage.selection.n_bytes,
+    )
+
+
+def alternatives(
+    source: Source, specs: Sequence[tuple[str, Schedule]], batching: Batching, *, untied: bool = False
+) -> dict[str, StageCost]:
+    """The costs of several one-stage schedules side by side: what else could learn, and what it would cost."""
+    return {name: make_plan(source, s, batching, untied=untied).stages[0].cost for name, s in specs}
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data."""
+    stages = []
+    for s in plan.stages:
+        cost = asdict(s.cost)
+        stages.append(
+            {
+                **{k: v for k, v in asdict(s).items() if k != "cost"},
+                "step": {
+                    **cost,
+                    "total_flops": s.cost.total_flops,
+                    "flops_by_kind": {kind: s.cost.of_kind(kind) for kind in KINDS},
+                    "transient_bytes": s.cost.transient_bytes,
+                },
+            }
+        )
+    return {
+        "model_type": plan.model_type,
+        "n_parameters": plan.n_parameters,
+        **asdict(plan.batching),
+        "total_flops": plan.total_flops,
+        "peak_bytes": plan.peak_bytes,
+        "stages": stages,
+    }
