@@ -177,24 +177,18 @@ def _fit(subject: _Subject, plan: Plan, stage: Stage, memory: int) -> Fit:
 
 
 def _largest(bytes_at: Callable[[int], int], memory: int, *, start: int, limit: int) -> int:
-    """The largest n whose bytes fit, 0 when `start` does not; two traces give a line, a few more correct it."""
-    first = bytes_at(start)
-    if first > memory:
+    """The largest n whose bytes fit, to a sixteenth; 0 when `start` does not. The bytes must not fall with n."""
+    if bytes_at(start) > memory:
         return 0
-    step = max(start, min(64, limit - start))
-    slope = max((bytes_at(start + step) - first) / step, 1) if start + step <= limit else 1
-    low, high = start, None
-    guess = min(int(start + (memory - first) / slope), limit)
-    for _ in range(12):
-        guess = max(low, min(guess, limit if high is None else high - 1))
-        if guess == low:
+    low, high = start, start
+    while high == low and low < limit:  # doubling: a trace of something far too large takes long
+        high = min(4 * low, limit)
+        low = high if bytes_at(high) <= memory else low
+    while high - low > max(low // 16, 1) - (low < 16):
+        middle = (low + high) // 2
+        if middle == low:
             break
-        if (found := bytes_at(guess)) <= memory:
-            low, guess = guess, int(guess + max((memory - found) / slope, 1))
-            if low == limit:
-                break
-        else:
-            high, guess = guess, int(guess - max((found - memory) / slope, 1))
+        low, high = (middle, high) if bytes_at(middle) <= memory else (low, middle)
     return low
 
 

@@ -23,13 +23,13 @@ from frostline.schedule import Group, Stage, norms_and_biases
 
 BY_ELEMENT = ("sgd", "adam", "adamw", "lion")
 """Optimizers that treat every element by itself: their state can be cut and joined as parameters are."""
-_EXTRA = {"adamw8bit": "bitsandbytes", "lion": "bitsandbytes"}
+FOREIGN = {"adamw8bit": "bitsandbytes", "lion": "bitsandbytes"}
 """Optimizers of a library that is not installed by default."""
 
 
 def check_installed(name: str) -> None:
     """Raise `RecipeError` when an optimizer needs a library that is not there."""
-    library = _EXTRA.get(name)
+    library = FOREIGN.get(name)
     if library and find_spec(library) is None:
         raise RecipeError(f"the optimizer {name} needs {library}: pip install 'frostline[{library}]'")
 

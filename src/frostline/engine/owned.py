@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.hooks import RemovableHandle
@@ -91,10 +93,15 @@ class Ownership:
         values = [o.value for o in self.owned]
         if not any(o.is_sharded for o in self.owned):
             return torch.nn.utils.clip_grad_norm_(values, max_norm)
+        sharded = next(o.parameter for o in self.owned if o.is_sharded)
+        # one type on all ranks, whatever a rank holds; fp64, because fp32 squares overflow from norms of 1e19 on
+        squares = torch.zeros((), dtype=torch.float64, device=local_part(sharded).device)
         gradients = [v.grad for v in values if v.grad is not None and v.numel()]
-        squares = torch.nn.utils.get_total_norm(gradients).square() if gradients else torch.zeros(())
-        torch.distributed.all_reduce(squares)
-        norm = squares.sqrt()
+        if gradients:
+            squares += torch.nn.utils.get_total_norm(gradients).to(squares).square()
+        for group in shard_groups(sharded):
+            torch.distributed.all_reduce(squares, group=group)
+        norm = squares.sqrt().to(reduce(torch.promote_types, (v.dtype for v in values)))
         torch.nn.utils.clip_grads_with_norm_(values, max_norm, norm)
         return norm
 
@@ -148,7 +155,7 @@ def _owned(parameter: nn.Parameter, piece: Slice, dtype: torch.dtype | None, dev
     local = local_slice(piece, parameter)
     as_it_is = dtype in (None, part.dtype) and device in (None, part.device)
     if as_it_is and local == whole(piece.tensor, part.shape) and part.is_contiguous():
-        value = parameter if part is parameter else nn.Parameter(part.detach())
+        value = parameter if part is parameter else nn.Parameter(part.detach().view(leaf_shape(part.shape)))
         return Owned(piece=piece, parameter=parameter, local=local, value=value, is_copy=False)
     copy = take(part.detach(), local).to(dtype=dtype, device=device, copy=True)
     value = nn.Parameter(copy.reshape(leaf_shape(local.shape)).contiguous())
@@ -165,6 +172,12 @@ def leaf_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor that this rank holds of a DTensor; any other tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def shard_groups(tensor: torch.Tensor) -> list[ProcessGroup]:
+    """The groups of ranks that a DTensor is spread over; ranks that hold copies of one another (HSDP) are none."""
+    assert isinstance(tensor, DTensor)
+    return [tensor.device_mesh.get_group(dim) for dim, how in enumerate(tensor.placements) if how.is_shard()]
 
 
 def local_slice(piece: Slice, parameter: torch.Tensor) -> Slice:

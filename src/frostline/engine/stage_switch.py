@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from frostline.anatomy import Anatomy, Slice, intersect, subtract, subtract_all, take
 from frostline.engine.optimizers import BY_ELEMENT, Optimizers, leaves, make_optimizer
@@ -111,7 +112,19 @@ def restore(memory: Memory, optimizer: Optimizers, owned: tuple[Owned, ...], nam
         else:
             continue
         n_restored += 1
+    if n_restored and name == "sgd" and any(group["momentum"] for group in optimizer.param_groups):
+        _start_momentum(optimizer, owned)
     return n_restored
+
+
+def _start_momentum(optimizer: Optimizers, owned: tuple[Owned, ...]) -> None:
+    """Momentum of zero, which is what a first step starts from, for the leaves that have none.
+
+    torch's fused SGD fails when some leaves of a group have momentum and others do not have it yet.
+    """
+    for o in owned:
+        if not optimizer.state_of(o.value):
+            optimizer.set_state(o.value, {"momentum_buffer": torch.zeros_like(o.value)})
 
 
 def _forget_or_offload(memory: Memory, stage: Stage, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -169,7 +182,19 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 def set_modes(model: nn.Module, stage: Stage) -> None:
     """Training mode, except for modules of which nothing learns: their dropout is off, their statistics stay."""
+    reshard(model)
     model.train()
     if stage.spec.frozen_dropout == "off":
         for module in frozen_modules(model):
             module.eval()
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 give up what it has gathered; any other model is left alone.
+
+    Without a backward pass (an evaluation) its root stays gathered. The gathered parameters are those that the model
+    then has, with the `requires_grad` of when they were gathered: the next step would let the wrong ones learn.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

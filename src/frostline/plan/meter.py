@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from frostline.errors import PlanError
 from frostline.plan.formulas import aten, flops_of
 
 Kind = Literal["forward", "input gradients", "weight gradients"]
@@ -34,6 +36,8 @@ class Meter(TorchDispatchMode):
         self.live_bytes = 0
         """Bytes of the storages made inside that are alive."""
         self.peak_bytes = 0
+        self.numbers_only_scale = False
+        """Whether a number read from a tensor cannot change what is computed: while an optimizer steps."""
         self._storages: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._last_dimension: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._weights = weakref.WeakKeyDictionary({t.untyped_storage(): n for n, t in weights.items()})
@@ -44,6 +48,8 @@ class Meter(TorchDispatchMode):
         """Run one operation and count it."""
         kwargs = kwargs or {}
         packet = func._overloadpacket
+        if packet is aten._local_scalar_dense and isinstance(args[0], FakeTensor):
+            return self._value_of(args[0])
         out = _grouped_product(args, kwargs) if _needs_own_fake(packet, args) else func(*args, **kwargs)
         n = flops_of(packet, args, kwargs, out)
         if n:
@@ -54,6 +60,12 @@ class Meter(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._alive(tensor)
         return out
+
+    def _value_of(self, tensor: torch.Tensor) -> float:
+        """A number that is read from a tensor without values: optimizers scale by it, and nothing else may."""
+        if not self.numbers_only_scale:
+            raise PlanError("the model reads a tensor's value, on which its cost depends: it cannot be planned")
+        return 1.0 if tensor.dtype.is_floating_point else 1
 
     def _attribute(self, n: int, args: tuple[Any, ...]) -> None:
         name = next((found for t in args if isinstance(t, torch.Tensor) and (found := self._name_of(t))), None)
@@ -111,8 +123,7 @@ def _is_view(name: str) -> bool:
 
 def _needs_own_fake(packet: Any, args: tuple[Any, ...]) -> bool:
     """torch refuses grouped products of fake tensors in fp32, and computes real ones."""
-    fake = torch._subclasses.fake_tensor.FakeTensor
-    return packet is aten._grouped_mm and isinstance(args[0], fake) and args[0].dtype == torch.float32
+    return packet is aten._grouped_mm and isinstance(args[0], FakeTensor) and args[0].dtype == torch.float32
 
 
 def _grouped_product(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

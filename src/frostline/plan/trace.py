@@ -19,6 +19,7 @@ from torch import nn
 
 from frostline.anatomy import Anatomy
 from frostline.engine import next_token_loss, step
+from frostline.engine.optimizers import FOREIGN, state_bytes
 from frostline.engine.stage_switch import Active, set_modes, switch
 from frostline.plan.meter import KINDS, Kind, Meter
 from frostline.schedule import Stage
@@ -93,6 +94,11 @@ def trace_stage(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     everything = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     meter = Meter(everything)
+    by_formula = mode is not None and stage.spec.optimizer.name in FOREIGN
+
+    def element_bytes(tensor: str) -> int:
+        return anatomy.tensor[tensor].element_bytes
+
     alive: list[int] = []
     logits: list[int] = []
 
@@ -104,7 +110,9 @@ def trace_stage(
         return loss
 
     with mode or nullcontext(), _masks_as_in_training() if mode else nullcontext(), meter:
+        meter.numbers_only_scale = True
         active = switch(parameters, anatomy, stage, memory={}, leaving=None)
+        meter.numbers_only_scale = False
         set_modes(model, stage)
         batches = _micro_batches(rows, length, stage.spec.accumulate)
         for _ in range(2):  # the optimizer makes its state in the first
@@ -112,8 +120,10 @@ def trace_stage(
             meter.peak_bytes = meter.live_bytes
             step(model, batches, watched, seed=0, device=CPU, bf16=bf16)
             gradients = sum(o.value.grad.nbytes for o in active.ownership.owned if o.value.grad is not None)
-            _update(active)
-        state = _state_bytes(active)
+            meter.numbers_only_scale = True
+            _update(active, by_formula=by_formula)
+            meter.numbers_only_scale = False
+        state = state_bytes(stage, element_bytes) if by_formula else _state_bytes(active)
         copies = sum(o.value.nbytes for o in active.ownership.owned if o.is_copy)
         active.ownership.release()
     weights = sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in everything.values()}.values())
@@ -126,7 +136,7 @@ def trace_stage(
         copy_bytes=copies,
         activation_bytes=max(alive),
         logit_bytes=max(logits),
-        peak_bytes=weights + meter.peak_bytes,
+        peak_bytes=weights + meter.peak_bytes + (state if by_formula else 0),
     )
 
 
@@ -149,11 +159,12 @@ def _micro_batches(rows: int, length: int, accumulate: int) -> Sequence[FakeRows
     return [FakeRows(input_ids=ids, labels=ids, n_targets=each * length)] * accumulate
 
 
-def _update(active: Active) -> None:
-    """What training does between two backward passes."""
+def _update(active: Active, *, by_formula: bool) -> None:
+    """What training does between two backward passes; a foreign library's kernels cannot run without values."""
     active.ownership.clip(active.stage.spec.clip or math.inf)
     active.optimizer.set_rate(1.0)
-    active.optimizer.step()
+    if not by_formula:
+        active.optimizer.step()
     active.ownership.write_back()
     active.optimizer.zero_grad()
 
