@@ -218,7 +218,7 @@ def train(
     from frostline.audit import audit_to_json
     from frostline.recipe import load_recipe
     from frostline.run import train as train_run
-    from frostline.terminal import ProgressLines, print_audit
+    from frostline.terminal import ProgressLines, print_audit, print_checks
 
     console = _console(stderr=as_json)
     loaded = load_recipe(recipe, overrides=overrides or [])
@@ -235,6 +235,7 @@ def train(
         )
     else:
         print_audit(console, result.audit)
+        print_checks(console, result.checks)
         console.print(f"run folder: {result.folder}", soft_wrap=True, highlight=False)
     if result.state == "interrupted":
         typer.echo(f"interrupted after step {result.steps}; the run folder is intact", err=True)

@@ -23,7 +23,7 @@ from frostline.audit import Audit, audit
 from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.owned import Ownership
 from frostline.engine.record import Recorder
-from frostline.engine.stage_switch import Active, frozen_modules, switch
+from frostline.engine.stage_switch import Active, flags_of, frozen_modules, set_flags, switch
 from frostline.environment import describe_environment, hash_file
 from frostline.errors import FrostlineError
 from frostline.model import save_model
@@ -55,8 +55,7 @@ def learning(
     anatomy = read_anatomy(model) if parts is None else anatomy_of_parts(model, parts)
     expressions = [learn] if isinstance(learn, str) else list(learn)
     selections = [select(anatomy, e, ties="together" if ties else "error") for e in expressions]
-    before = {p: p.requires_grad for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
+    before = flags_of(model)
     run = Learning(model, anatomy, selections, RunFolder.create(out), frozen_dropout, gradients_every)
     try:
         yield run
@@ -66,11 +65,7 @@ def learning(
     else:
         run._close("finished", "")
     finally:
-        for parameter, requires_grad in before.items():
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
-        for module, training in modes.items():
-            module.training = training
+        set_flags(before)
 
 
 class Learning:

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,8 +23,26 @@ from frostline.audit import Audit, audit
 from frostline.data import Batch, Document, Rows, encode, read_documents, rows_at, train_byte_bpe
 from frostline.engine import LoopSettings, Observer, check_installed, next_token_loss, train_loop
 from frostline.environment import describe_environment, hash_file
-from frostline.errors import DataError, FrostlineError, ModelError, NonFiniteError, RecipeError, SelectionError
+from frostline.errors import (
+    DataError,
+    FrostlineError,
+    ModelError,
+    NonFiniteError,
+    PlanError,
+    RecipeError,
+    SelectionError,
+)
 from frostline.model import load_config, load_model, load_skeleton, load_tokenizer, save_model, untie
+from frostline.plan import (
+    Batching,
+    Plan,
+    StageCheck,
+    StepMeters,
+    check_plan,
+    checks_to_json,
+    make_plan,
+    plan_to_json,
+)
 from frostline.recipe import Recipe, ScratchModel, TrainedTokenizer, dump_yaml, load_recipe, stage_name
 from frostline.run_folder import RunFolder, State, storage_errors, write_text
 from frostline.schedule import Schedule, Stage, StepSize, make_groups
@@ -51,6 +69,8 @@ class RunResult:
     state: State
     """`finished`, or `interrupted` by a signal: its evidence is whole up to `steps`."""
     steps: int
+    checks: tuple[StageCheck, ...]
+    """The plan against one metered step of every stage; empty where the model cannot be planned."""
     anatomy: Anatomy
     audit: Audit
 
@@ -75,7 +95,9 @@ def train(
     model = load_weights(prepared, trust_remote_code=trust_remote_code)
     model.to(device)
     check_it_runs(model, prepared, device)
+    plan = plan_of(prepared, trust_remote_code=trust_remote_code)
     folder = start_folder(prepared, out)
+    meters = StepMeters(model)
     with stop_on_signal() as stop:
         try:
             done = train_loop(
@@ -85,7 +107,7 @@ def train(
                 batches_of(prepared, device),
                 next_token_loss,
                 folder=folder,
-                settings=loop_settings(recipe, device),
+                settings=replace(loop_settings(recipe, device), watch=meters if plan else None),
                 held_out=held_out_batches(prepared, device),
                 observers=observers,
                 stop=stop,
@@ -97,8 +119,29 @@ def train(
         save_result(model, prepared.tokenizer, folder)
         state: State = "finished" if done.finished else "interrupted"
         folder.write_status(state, step=done.steps)
+        checks = check_plan(plan, meters) if plan else ()
+        if plan:
+            folder.write_json("plan.json", {**plan_to_json(plan), "checks": checks_to_json(checks)})
         verdict = audit(folder.path)
-    return RunResult(folder=folder.path, state=state, steps=done.steps, anatomy=prepared.anatomy, audit=verdict)
+    return RunResult(
+        folder=folder.path, state=state, steps=done.steps, checks=checks, anatomy=prepared.anatomy, audit=verdict
+    )
+
+
+def plan_of(prepared: Prepared, *, trust_remote_code: bool = False) -> Plan | None:
+    """The plan of a run; None where the model's cost cannot be predicted (it then trains all the same)."""
+    recipe = prepared.recipe
+    batching = Batching(rows=recipe.data.batch, length=recipe.data.length, bf16=recipe.precision == "bf16-mixed")
+    try:
+        return make_plan(
+            recipe.model,
+            prepared.schedule,
+            batching,
+            untied=recipe.ties == "untie",
+            trust_remote_code=trust_remote_code,
+        )
+    except PlanError:
+        return None
 
 
 def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) -> None:

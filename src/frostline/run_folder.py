@@ -8,6 +8,7 @@
     metrics.jsonl             loss, learning rate, gradient norm per step; held-out losses: what the seed determines
     endings.jsonl             how each stage ended: when, why, what moved, buffers put back
     timing.jsonl              clocks, tokens per second, memory
+    plan.json                 what the run was to cost, against a metered step of every stage
     evidence/
       boundary-0.json …       SHA-256 of every piece at the start and after each stage
       entry-0.safetensors …   the values that a stage starts to train, as they were

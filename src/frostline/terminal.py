@@ -20,7 +20,7 @@ from frostline.engine import Evaluated, Event, RunStarted, StageEnded, StageStar
 from frostline.experiment.claims import Claims
 from frostline.experiment.demo import Demo
 from frostline.folding import Fold, fold
-from frostline.plan import StageCost
+from frostline.plan import StageCheck, StageCost
 from frostline.planning import Alternative, Fit, Planned, Why
 from frostline.schedule import Stage
 from frostline.selection import Selection, compare, shared_heads
@@ -174,6 +174,24 @@ def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
         )
         table.add_row(a.learn, a.cost.frontier, *_cost_cells(a.cost), against)
     return table
+
+
+def print_checks(console: Console, checks: Sequence[StageCheck]) -> None:
+    """The plan against a metered step of every stage, in one line, and one more for each that differs."""
+    if not checks:
+        return
+    low, high = (f(c.peak_ratio for c in checks) for f in (min, max))
+    peak = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} – {high:.2f}"
+    n = sum(c.flops_agree for c in checks)
+    console.print(
+        f"plan against one metered step per stage: FLOPs equal in {n} of {len(checks)} stages, peak of tensor bytes "
+        f"{peak} × planned",
+        highlight=False,
+    )
+    for c in checks:
+        if not c.flops_agree:
+            planned, real = format_flops(c.planned_flops), format_flops(c.measured_flops)
+            console.print(f"  stage {c.stage}: planned {planned}, computed {real}", highlight=False)
 
 
 def print_why(console: Console, found: Sequence[Why]) -> None:

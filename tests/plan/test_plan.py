@@ -12,6 +12,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
+from frostline import train
 from frostline.anatomy import Anatomy, read_anatomy
 from frostline.cli import app
 from frostline.errors import PlanError
@@ -20,7 +21,6 @@ from frostline.plan import KINDS, Batching, StageCost, make_plan, plan_to_json, 
 from frostline.plan import formulas as formulas_module
 from frostline.planning import plan_model, plan_recipe, why_recipe
 from frostline.recipe import ScratchModel, StageSpec, dump_yaml
-from frostline.run_folder import checkpoint_of
 from frostline.schedule import Schedule, Stage
 from frostline.selection import select
 from frostline.units import parse_bytes
@@ -269,6 +269,30 @@ def test_why_names_what_leaving_a_part_out_would_save(recipe: Path) -> None:
     assert [r.flops_saved for r in joint.reasons] == sorted((r.flops_saved for r in joint.reasons), reverse=True)
 
 
+def test_a_run_is_held_against_its_plan_and_the_folder_says_so(tmp_path: Path) -> None:
+    result = train(tiny.recipe(tmp_path, "mixtral"), out=tmp_path / "run")
+    assert [c.flops_agree for c in result.checks] == [True, True]
+    assert all(c.peak_ratio == pytest.approx(1, abs=0.05) for c in result.checks)
+    recorded = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert [c["stage"] for c in recorded["checks"]] == ["joint", "ffn"]
+
+
+def test_a_metered_step_trains_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny.recipe(tmp_path, "gpt2")
+    train(recipe, out=tmp_path / "metered")
+    monkeypatch.setattr("frostline.run.plan_of", lambda *_, **__: None)
+    assert train(recipe, out=tmp_path / "plain").checks == ()
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "metered" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_a_model_that_cannot_be_planned_trains_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formulas_module, "FORMULAS", {})
+    result = train(tiny.recipe(tmp_path), out=tmp_path / "run")
+    assert result.audit.passed
+    assert result.checks == ()
+
+
 LLAMA_3_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -330,9 +354,9 @@ def test_the_peak_of_live_bytes_is_within_a_twentieth_where_it_is_large(architec
 @pytest.mark.slow
 def test_four_hundred_billion_parameters_are_planned_in_under_a_minutes_work() -> None:
     large = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128}
-    source = ScratchModel(architecture="llama", **{**LLAMA_3_8B, **large, "model_type": None} | {"architectures": None})
+    fields = {k: v for k, v in LLAMA_3_8B.items() if k not in ("model_type", "architectures")}
+    source = ScratchModel(architecture="llama", **(fields | large))
     anatomy = anatomy_of(source)
     schedule = Schedule.of([("s", StageSpec(learn="ffn", steps=1, lr=1e-3), select(anatomy, "ffn"))])
     plan = make_plan(source, schedule, Batching(rows=1, length=4096))
     assert plan.n_parameters == pytest.approx(405.85e9, rel=1e-3)
-    assert checkpoint_of("x") == "x"

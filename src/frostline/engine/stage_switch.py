@@ -198,3 +198,28 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flags:
+    """What a switch changes of a model beside its weights."""
+
+    requires_grad: dict[nn.Parameter, bool]
+    training: dict[nn.Module, bool]
+
+
+def flags_of(model: nn.Module) -> Flags:
+    """The flags of a model as they are, to be put back with `set_flags`."""
+    return Flags(
+        requires_grad={p: p.requires_grad for p in model.parameters()},
+        training={m: m.training for m in model.modules()},
+    )
+
+
+def set_flags(flags: Flags) -> None:
+    """Put the flags back; gradients are cleared."""
+    for parameter, requires_grad in flags.requires_grad.items():
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = None
+    for module, training in flags.training.items():
+        module.training = training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,8 @@ class LoopSettings:
     """Steps between measurements of the held-out loss, beside the start and each stage's end."""
     gradients_every: int = 10
     """Steps between recorded gradient norms, beside each stage's first and last step."""
+    watch: Callable[[Active, int], AbstractContextManager[None]] | None = None
+    """(stage in progress, its step) → a context around that step that only looks; for measuring."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +109,9 @@ def train_loop(
                 losses = []
                 if done == 0:
                     measure(stage, done)
-            tell(_one_step(model, active, schedule, batches(done, stage), loss, recorder, settings, at=done))
+            with settings.watch(active, done - stage.start) if settings.watch else nullcontext():
+                event = _one_step(model, active, schedule, batches(done, stage), loss, recorder, settings, at=done)
+            tell(event)
             recorder.drifted(buffers.restore())
             done += 1
             plateau = stage.spec.plateau

@@ -1,7 +1,8 @@
 """Plans: what a run will cost, from one abstract execution of its steps. Read `plan.py`, then `trace.py`."""
 
+from frostline.plan.check import StageCheck, StepMeters, check_plan, checks_to_json
 from frostline.plan.meter import KINDS, Kind, Meter
-from frostline.plan.plan import Batching, Plan, StagePlan, alternatives, make_plan, plan_to_json
+from frostline.plan.plan import Batching, Plan, StagePlan, make_plan, plan_to_json
 from frostline.plan.trace import StageCost, trace_stage
 
 __all__ = [
@@ -10,9 +11,12 @@ __all__ = [
     "Kind",
     "Meter",
     "Plan",
+    "StageCheck",
     "StageCost",
     "StagePlan",
-    "alternatives",
+    "StepMeters",
+    "check_plan",
+    "checks_to_json",
     "make_plan",
     "plan_to_json",
     "trace_stage",

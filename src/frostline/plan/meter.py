@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -109,6 +109,11 @@ class Meter(TorchDispatchMode):
 
     def _freed(self, n: int) -> None:
         self.live_bytes -= n
+
+    def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that were made before as alive."""
+        for tensor in tensors:
+            self._alive(tensor)
 
     def alive_over(self, n: int) -> int:
         """Bytes of the tensors that are alive and were made with a last dimension of `n`: logits, for a vocabulary."""

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from frostline.errors import FrostlineError, PlanError
 from frostline.model import Source, load_fake, untie
 from frostline.plan.meter import KINDS
 from frostline.plan.trace import StageCost, trace_stage
@@ -86,20 +88,35 @@ def make_plan(
     for stage in schedule.stages:
         key = _like(stage)  # repeated stages cost the same
         if key not in traced:
-            traced[key] = trace_stage(
-                model,
-                anatomy,
-                stage,
-                rows=batching.rows,
-                length=batching.length,
-                n_vocabulary=n_vocabulary,
-                bf16=batching.bf16,
-                mode=mode,
-            )
+            with _plan_errors(anatomy.model_type):
+                traced[key] = trace_stage(
+                    model,
+                    anatomy,
+                    stage,
+                    rows=batching.rows,
+                    length=batching.length,
+                    n_vocabulary=n_vocabulary,
+                    bf16=batching.bf16,
+                    mode=mode,
+                )
         stages.append(_stage_plan(stage, traced[key]))
     return Plan(
         model_type=anatomy.model_type, n_parameters=anatomy.n_parameters, batching=batching, stages=tuple(stages)
     )
+
+
+@contextmanager
+def _plan_errors(model_type: str) -> Iterator[None]:
+    """Turn whatever a model raises when its tensors have no values into a `PlanError`."""
+    try:
+        yield
+    except FrostlineError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise PlanError(
+            f"{model_type} cannot be executed without values, so it cannot be planned: {type(error).__name__}: {first}"
+        ) from error
 
 
 def _like(stage: Stage) -> object:
@@ -115,13 +132,6 @@ def _stage_plan(stage: Stage, cost: StageCost) -> StagePlan:
         cost=cost,
         evidence_bytes=stage.selection.n_bytes,
     )
-
-
-def alternatives(
-    source: Source, specs: Sequence[tuple[str, Schedule]], batching: Batching, *, untied: bool = False
-) -> dict[str, StageCost]:
-    """The costs of several one-stage schedules side by side: what else could learn, and what it would cost."""
-    return {name: make_plan(source, s, batching, untied=untied).stages[0].cost for name, s in specs}
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""The plan held against the run: one real step of every stage is metered. Read `StepMeters` first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from frostline.engine.stage_switch import Active
+from frostline.errors import PlanError
+from frostline.plan.meter import Meter
+from frostline.plan.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCheck:
+    """One stage, planned and measured: its second step, or its only one."""
+
+    stage: str
+    planned_flops: int
+    measured_flops: int
+    planned_peak_bytes: int
+    measured_peak_bytes: int
+
+    @property
+    def flops_agree(self) -> bool:
+        """Whether exactly what was planned was computed."""
+        return self.planned_flops == self.measured_flops
+
+    @property
+    def peak_ratio(self) -> float:
+        """Measured over planned."""
+        return self.measured_peak_bytes / self.planned_peak_bytes
+
+
+class StepMeters:
+    """Meters one step of each stage; given to the training loop, which knows no plan."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.measured: dict[int, tuple[int, int]] = {}
+        """Stage index → FLOPs and the peak of live tensor bytes."""
+
+    @contextmanager
+    def __call__(self, active: Active, step_of_stage: int) -> Iterator[None]:
+        """Around one step (0-based in its stage); meters it where it is due."""
+        if step_of_stage != min(1, active.stage.n_steps - 1):
+            yield
+            return
+        tensors = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
+        }
+        meter = Meter(tensors)
+        meter.adopt(_held(active))
+        try:
+            with meter:
+                yield
+        except PlanError:  # an operation without a formula: the plan has failed on it already, the run need not
+            return
+        weights = sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in tensors.values()}.values())
+        self.measured[active.stage.index] = (sum(meter.flops.values()), weights + meter.peak_bytes)
+
+
+def _held(active: Active) -> Iterator[torch.Tensor]:
+    """What a stage holds beside the model when a step begins: copies of slices and optimizer state."""
+    for o in active.ownership.owned:
+        if o.is_copy:
+            yield o.value
+        yield from (v for v in active.optimizer.state_of(o.value).values() if isinstance(v, torch.Tensor))
+
+
+def check_plan(plan: Plan, meters: StepMeters) -> tuple[StageCheck, ...]:
+    """Every stage of which a step was metered."""
+    return tuple(
+        StageCheck(
+            stage=plan.stages[i].name,
+            planned_flops=plan.stages[i].cost.total_flops,
+            measured_flops=flops,
+            planned_peak_bytes=plan.stages[i].cost.peak_bytes,
+            measured_peak_bytes=peak,
+        )
+        for i, (flops, peak) in sorted(meters.measured.items())
+    )
+
+
+def checks_to_json(checks: tuple[StageCheck, ...]) -> list[dict[str, Any]]:
+    """The checks as plain data."""
+    return [{**asdict(c), "flops_agree": c.flops_agree, "peak_ratio": c.peak_ratio} for c in checks]
