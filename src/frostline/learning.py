@@ -23,7 +23,7 @@ from frostline.audit import Audit, audit
 from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.owned import Ownership
 from frostline.engine.record import Recorder
-from frostline.engine.stage_switch import Active, flags_of, frozen_modules, set_flags, switch
+from frostline.engine.stage_switch import Active, flags_of, frozen_modules, reshard, set_flags, switch
 from frostline.environment import describe_environment, hash_file
 from frostline.errors import FrostlineError
 from frostline.model import save_model
@@ -166,6 +166,7 @@ class Learning:
     def _enter(self, index: int, leaving: Active | None) -> Active:
         stage = self._schedule.stages[index]
         active = switch(self._parameters, self.anatomy, stage, memory={}, leaving=leaving)
+        reshard(self.model)
         self._frozen = frozen_modules(self.model) if stage.spec.frozen_dropout == "off" else []
         self._recorder.entry(stage)
         return active

@@ -88,6 +88,8 @@ class GradientSample:
     stage: int
     norms: dict[str, float | None]
     """Learning piece → L2 norm; None where no gradient arrived at all."""
+    stray: tuple[str, ...] = ()
+    """Tensors with a gradient that nothing owns, or that may have one, or may not, against what the stage says."""
 
 
 class RunFolder:

@@ -366,6 +366,212 @@ def test_a_setting_of_another_optimizer_is_refused(optimizer, setting):
         recipe_from_dict(minimal(stages=[{"learn": "all", "steps": 4, "lr": 1e-4, "optimizer": optimizer}]))
 
 
+def stage_of(*lines):
+    """The good recipe's head with one stage of these lines."""
+    return GOOD.split("stages")[0] + "stages:\n  - learn: all\n" + "".join(f"    {line}\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            ["steps: 8", "tokens: 4", "lr: 1e-3"],
+            "recipe.yaml:7: stages[0]: give one of steps, tokens and epochs; found",
+        ),
+        (["steps: 8", "epochs: 1", "tokens: 4", "lr: 1"], "found steps and tokens and epochs"),
+        (["epochs: 0", "lr: 1"], "recipe.yaml:8: 'stages[0].epochs': input should be greater than 0"),
+        (["tokens: 1.5", "lr: 1"], "recipe.yaml:8: 'stages[0].tokens': input should be a valid integer"),
+        (["steps: 8", "lr: {embed: fast, rest: 1e-4}"], "recipe.yaml:9: 'stages[0].lr.embed': input should be a valid"),
+        (["steps: 8", "lr:", "  embed: 1", "  ffn: 0"], "recipe.yaml:11: 'stages[0].lr.ffn': input should be greater"),
+        (["steps: 8", "lr: [1]"], "recipe.yaml:9: 'stages[0].lr': input should be a valid number, found [1]"),
+        (
+            ["steps: 8", "lr: 1", "optimizer:", "  weight_decay:", "    embed: -1"],
+            "recipe.yaml:12: 'stages[0].optimizer.weight_decay.embed': input should be greater than or equal to 0",
+        ),
+        (
+            ["steps: 8", "lr: 1", "optimizer: {betas: {embed: [0.9, 1.0]}}"],
+            "recipe.yaml:10: 'stages[0].optimizer.betas.embed[1]': input should be less than 1, found 1.0",
+        ),
+        (["steps: 8", "lr: 1", "layer_decay: 1.5"], "recipe.yaml:10: 'stages[0].layer_decay': input should be less"),
+        (["steps: 8", "lr: 1", "state: drop"], "'stages[0].state': input should be 'keep', 'reset' or 'offload'"),
+        (["steps: 8", "lr: 1", "frozen_dropout: yes"], "'stages[0].frozen_dropout': input should be 'off' or 'on'"),
+        (["steps: 8", "lr: 1", "plateau: {patience: 1}"], "recipe.yaml:10: 'stages[0].plateau.every' is missing"),
+        (
+            ["steps: 8", "lr: 1", "plateau: {every: 1, patienc: 1}"],
+            "recipe.yaml:10: unknown key 'stages[0].plateau.pat",
+        ),
+    ],
+)
+def test_a_setting_of_a_stage_that_has_no_meaning_is_refused_with_its_line(tmp_path, lines, said):
+    message = refused(tmp_path, stage_of(*lines))
+    assert said in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("every", "patience", "good"), [(2, 2, True), (1, 5, True), (4, 1, False), (2, 3, False), (7, 1, False)]
+)
+def test_a_plateau_can_end_its_stage_early(every, patience, good):
+    """The first measurement is always a new best: `patience` more must come, and leave a step out."""
+    plateau = {"every": every, "patience": patience}
+    values = minimal(stages=[{"learn": "all", "steps": 7 + good, "lr": 1e-4, "plateau": plateau}])
+    if good:
+        assert recipe_from_dict(values).stages[0].plateau.patience == patience
+    else:
+        with pytest.raises(RecipeError, match=r"stages\[0\].plateau can never end the stage"):
+            recipe_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("stage", "across", "said"),
+    [
+        ({"warmup": 2}, {"warmup": 3}, r"stages\[0\] has a warmup or decay of its own beside lr_across"),
+        ({"decay": "linear"}, {"decay": "linear"}, r"stages\[0\] has a warmup or decay of its own beside lr_across"),
+        ({"plateau": {"every": 1}}, {"decay": "cosine"}, r"stages\[0\] may end early, so lr_across cannot decay"),
+        ({"plateau": {"every": 1}}, {"warmup": 3}, None),
+        ({}, {"warmup": 3, "decay": "cosine"}, None),
+    ],
+)
+def test_the_rate_has_one_course(stage, across, said):
+    values = minimal(stages=[{"learn": "all", "steps": 8, "lr": 1e-4, **stage}], lr_across=across)
+    if said is None:
+        assert recipe_from_dict(values).lr_across.warmup == 3
+    else:
+        with pytest.raises(RecipeError, match=said):
+            recipe_from_dict(values)
+
+
+# --- repetitions ----------------------------------------------------------------------------------------------------
+
+REPEATED = (
+    GOOD.split("stages")[0]
+    + """\
+stages:
+  - {learn: all, steps: 4, lr: 1e-4, name: start}
+  - repeat: 2
+    stages:
+      - learn: attn
+        steps: 2
+        lr: 1e-4
+        name: a
+      - learn: ffn
+        steps: 2
+        lr: 1e-3
+  - {learn: all, steps: 4, lr: 1e-4, name: end}
+"""
+)
+
+
+def repeated(old, new):
+    assert REPEATED.count(old) == 1, old
+    return REPEATED.replace(old, new)
+
+
+def names(recipe):
+    return [stage_name(recipe, i) for i in range(len(recipe.stages))]
+
+
+def test_a_repetition_is_written_out_and_its_names_are_numbered(tmp_path):
+    recipe = load(tmp_path, REPEATED)
+    assert names(recipe) == ["start", "a-1", "stage-3", "a-2", "stage-5", "end"]
+    assert [s.learn for s in recipe.stages] == ["all", "attn", "ffn", "attn", "ffn", "all"]
+    assert recipe.stages[1].model_copy(update={"name": "a-2"}) == recipe.stages[3]
+
+
+def test_repetitions_stand_in_one_another_and_count_outermost_first(tmp_path):
+    inner = """\
+      - repeat: 2
+        stages:
+          - {learn: attn, steps: 1, lr: 1, name: x}
+"""
+    recipe = load(tmp_path, repeated("  - {learn: all, steps: 4, lr: 1e-4, name: end}\n", inner))
+    assert names(recipe) == ["start", "a-1", "stage-3", "x-1-1", "x-1-2", "a-2", "stage-7", "x-2-1", "x-2-2"]
+
+
+def test_the_resolved_recipe_of_a_repetition_reads_back_equal(tmp_path):
+    recipe = load(tmp_path, REPEATED)
+    assert load(tmp_path, dump_yaml(recipe.as_dict())) == recipe
+
+
+def test_an_override_reaches_into_a_repetition(tmp_path):
+    recipe = load(tmp_path, REPEATED, "stages[1].stages[1].lr=1e-5", "stages[1].repeat=3")
+    assert [s.lr for s in recipe.stages if s.learn == "ffn"] == [1e-5] * 3
+
+
+def test_plain_data_may_hold_repetitions_and_is_left_alone():
+    stage = {"learn": "all", "steps": 4, "lr": 1e-4, "name": "a"}
+    values = minimal(stages=[{"repeat": 3, "stages": [stage]}])
+    before = json.dumps(values)
+    assert names(recipe_from_dict(values)) == ["a-1", "a-2", "a-3"]
+    assert json.dumps(values) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (repeated("lr: 1e-3", "lr: fast"), "recipe.yaml:16: 'stages[1].stages[1].lr': input should be a valid number"),
+        (
+            repeated("lr: 1e-3", "lr: 1e-3\n        warm: 3"),
+            "recipe.yaml:17: unknown key 'stages[1].stages[1].warm'. Did you mean 'warmup'",
+        ),
+        (repeated("        lr: 1e-3\n", ""), "recipe.yaml:14: 'stages[1].stages[1].lr' is missing"),
+        (
+            repeated("lr: 1e-3", "lr: 1e-3\n        warmup: 3"),
+            "recipe.yaml:14: stages[1].stages[1]: warmup (3) must be shorter than steps (2)",
+        ),
+        (repeated("lr: 1e-3", "lr: 1e-3\n        name: a"), "two stages are named 'a-1'"),
+        (
+            repeated("repeat: 2", "repeat: 0"),
+            "recipe.yaml:8: 'stages[1].repeat' must be a whole number from 1 on, found 0",
+        ),
+        (repeated("repeat: 2", "repeat: two"), "must be a whole number from 1 on, found 'two'"),
+        (repeated("repeat: 2", "repeat: true"), "must be a whole number from 1 on, found True"),
+        (
+            repeated("repeat: 2", "repeat: 2\n    name: x"),
+            "recipe.yaml:8: 'stages[1]': a repetition has the keys repeat and stages (a list), nothing else",
+        ),
+        (repeated("repeat: 2", "repeat: 9999"), "more than 10000 stages"),
+        (
+            GOOD.split("stages")[0] + "stages:\n  - {repeat: 2, stages: []}\n",
+            "recipe.yaml:7: 'stages[0]': a repetition",
+        ),
+        (GOOD.split("stages")[0] + "stages:\n  - {repeat: 2}\n", "recipe.yaml:7: 'stages[0]': a repetition"),
+        (
+            GOOD.split("stages")[0] + "stages:\n  - {repeat: 2, stages: [3]}\n",
+            "recipe.yaml:7: 'stages[0].stages[0]': input should be a valid dictionary",
+        ),
+    ],
+)
+def test_a_mistake_in_a_repetition_is_one_line_that_names_where_it_is_written(tmp_path, text, said):
+    message = refused(tmp_path, text)
+    assert said in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("accumulate: 3", "stages[1].stages[1].accumulate (3) does not divide data.batch (8)"),
+        ("plateau: {every: 9}", "stages[1].stages[1].plateau can never end the stage"),
+    ],
+)
+def test_a_mistake_that_only_the_whole_recipe_shows_names_where_it_is_written_too(tmp_path, setting, said):
+    """The file has no stages[2]: that is the stage's place after the repetition was written out."""
+    message = refused(tmp_path, repeated("lr: 1e-3", f"lr: 1e-3\n        {setting}"))
+    assert message.startswith("recipe.yaml:14: ")
+    assert said in message
+
+
+def test_bottomless_repetitions_are_refused():
+    stage = {"learn": "all", "steps": 1, "lr": 1.0}
+    for depth, times in ((100, 1), (4, 100)):
+        nested = stage
+        for _ in range(depth):
+            nested = {"repeat": times, "stages": [nested]}
+        with pytest.raises(RecipeError, match=r"a repetition has the keys|more than 10000 stages"):
+            recipe_from_dict(minimal(stages=[nested]))
+
+
 def test_a_recipe_cannot_be_changed_after_it_is_read():
     recipe = recipe_from_dict(minimal())
     for record, field in ((recipe, "seed"), (recipe.data, "batch"), (recipe.stages[0], "lr")):
@@ -560,14 +766,25 @@ def test_the_next_line_character_reads_back_too():
 finite = scalars.filter(lambda value: not isinstance(value, float) or math.isfinite(value))
 numbers = st.floats(min_value=1e-30, max_value=1e30)
 stage_settings = st.fixed_dictionaries(
-    {"learn": plain_text, "steps": st.integers(5, 10**12), "lr": numbers},
+    {"learn": plain_text, "steps": st.integers(5, 10**12), "lr": numbers | st.dictionaries(plain_text, numbers)},
     optional={
         "warmup": st.integers(0, 4),
         "decay": st.sampled_from(["none", "linear", "cosine"]),
         "clip": st.none() | numbers,
         "accumulate": st.sampled_from([1, 2, 4]),
-        "state": st.sampled_from(["keep", "reset"]),
-        "optimizer": st.sampled_from(["adam", {"name": "sgd", "momentum": 0.5}, {"betas": [0.8, 0.95], "eps": 1e-6}]),
+        "state": st.sampled_from(["keep", "reset", "offload"]),
+        "layer_decay": st.floats(0.1, 1.0),
+        "frozen_dropout": st.sampled_from(["off", "on"]),
+        "plateau": st.builds(dict, every=st.just(1), patience=st.integers(1, 3), min_delta=st.floats(0, 1)),
+        "optimizer": st.sampled_from(
+            [
+                "adam",
+                "lion",
+                {"name": "sgd", "momentum": 0.5},
+                {"betas": [0.8, 0.95], "eps": 1e-6},
+                {"name": "muon", "betas": {"embed": [0.8, 0.9], "rest": [0.9, 0.95]}, "weight_decay": {"rest": 0.1}},
+            ]
+        ),
     },
 )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frostline.recipe import StageSpec
-from frostline.schedule import Schedule
+from frostline.recipe import PlateauSpec, StageSpec
+from frostline.schedule import Schedule, StepSize, plateaued
 from frostline.selection import select
 
 quick = settings(deadline=None, max_examples=25)
@@ -145,3 +147,120 @@ def test_the_rate_rises_during_warmup_and_never_after_it(fields):
 @quick
 def test_the_rate_depends_on_the_steps_done_in_the_stage_not_in_the_run(fields, start):
     assert (rates(**fields) == rates(start=start, **fields)).all()
+
+
+# --- durations ------------------------------------------------------------------------------------------------------
+
+sizes = st.builds(
+    lambda rows, length, n: StepSize(tokens=rows * length, rows=rows, n_rows=n),
+    st.integers(1, 64), st.integers(1, 4096), st.integers(1, 10**9),
+)  # fmt: skip
+
+
+def duration(**fields):
+    return StageSpec(**{"learn": "ffn", "lr": 1e-3, **fields})
+
+
+@given(sizes, st.integers(1, 10**15))
+@quick
+def test_tokens_are_the_fewest_steps_that_hold_them(size, tokens):
+    n = size.n_steps(duration(tokens=tokens))
+    assert (n - 1) * size.tokens < tokens <= n * size.tokens
+
+
+@given(sizes, st.integers(1, 10**6), st.integers(0, 4))
+@quick
+def test_epochs_are_the_fewest_steps_that_hold_their_rows(size, digits, places):
+    """Of the number as it is written: 0.1 epochs of 30 rows are 3 rows, not a little more."""
+    epochs = Fraction(digits, 10**places)
+    rows = epochs * size.n_rows
+    n = size.n_steps(duration(epochs=float(epochs)))
+    assert n == max(1, math.ceil(rows / size.rows))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "n_rows", "rows", "n"),
+    [(0.1, 30, 1, 3), (0.7, 10, 1, 7), (1.1, 10, 1, 11), (3, 10, 4, 8), (1e-9, 5, 4, 1)],
+)
+def test_no_rounding_error_decides_about_a_step(epochs, n_rows, rows, n):
+    assert StepSize(tokens=rows * 8, rows=rows, n_rows=n_rows).n_steps(duration(epochs=float(epochs))) == n
+
+
+@given(sizes, st.integers(1, 10**12))
+@quick
+def test_steps_are_steps_whatever_the_data(size, steps):
+    assert size.n_steps(duration(steps=steps)) == steps
+
+
+def test_stages_of_every_duration_follow_one_another():
+    size = StepSize(tokens=80, rows=8, n_rows=100)
+    selection = select(tiny.anatomy("llama"), "ffn")
+    specs = [duration(steps=3), duration(tokens=81), duration(epochs=0.5)]
+    table = Schedule.of([(f"s{i}", s, selection) for i, s in enumerate(specs)], step_size=size)
+    assert [(s.start, s.end) for s in table.stages] == [(0, 3), (3, 5), (5, 12)]
+    for one in specs[1:]:
+        with pytest.raises(ValueError, match="stage s: without training rows, a duration is in steps"):
+            Schedule.of([("s", one, selection)])
+
+
+# --- endings --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def ended_schedules(draw):
+    """Stages, and how many steps the first few of them had when they ended: at most their own."""
+    planned = draw(lengths)
+    shorter = [draw(st.integers(1, n)) for n in planned[: draw(st.integers(0, len(planned)))]]
+    return planned, shorter
+
+
+@given(ended_schedules())
+@quick
+def test_after_endings_the_table_is_that_of_the_steps_there_were(drawn):
+    planned, shorter = drawn
+    table = schedule(*planned)
+    endings = [int(n) for n in np.cumsum(shorter)]
+    after = table.ended(endings)
+    owners = np.repeat(np.arange(len(planned)), shorter + planned[len(shorter) :])
+    assert [after.at(step).index for step in range(after.n_steps)] == list(owners)
+    assert [table.at(step, endings).index for step in range(after.n_steps)] == list(owners)
+    assert [s.n_steps for s in table.stages] == planned, "a schedule is a value"
+    with pytest.raises(IndexError):
+        table.at(len(owners), endings)
+
+
+@given(ended_schedules())
+@quick
+def test_endings_decided_one_after_another_give_the_table_that_they_give_at_once(drawn):
+    planned, shorter = drawn
+    endings = [int(n) for n in np.cumsum(shorter)]
+    table = schedule(*planned)
+    for i in range(len(endings)):
+        table = table.ended(endings[: i + 1])
+    assert table == schedule(*planned).ended(endings)
+    assert table.ended(endings) is table
+
+
+def test_a_decay_starts_over_where_the_stage_before_it_ended_early():
+    selection = select(tiny.anatomy("llama"), "ffn")
+    decaying = spec(4, warmup=1, decay="linear")
+    table = Schedule.of([("a", spec(9), selection), ("b", decaying, selection)]).ended([2])
+    np.testing.assert_allclose([table.rate_at(i) for i in range(6)], [1, 1, 1 / 2, 1, 2 / 3, 1 / 3])
+
+
+@given(st.lists(st.integers(0, 6), max_size=12), st.integers(1, 4), st.sampled_from([0.0, 1.0, 2.0]))
+@quick
+def test_a_plateau_is_patience_measurements_after_the_last_new_best(values, patience, min_delta):
+    losses = [float(v) for v in values]
+    bests = [0] if losses else []
+    for i, loss in enumerate(losses):
+        if i and loss < losses[bests[-1]] - min_delta:
+            bests.append(i)
+    expected = bool(losses) and len(losses) - 1 - bests[-1] >= patience
+    assert plateaued(losses, PlateauSpec(every=1, patience=patience, min_delta=min_delta)) == expected
+
+
+def test_a_held_out_loss_that_is_no_number_is_no_new_best():
+    plateau = PlateauSpec(every=1, patience=2)
+    assert plateaued([1.0, math.nan, math.nan], plateau)
+    assert not plateaued([1.0, math.nan, 0.5], plateau)

@@ -80,6 +80,7 @@ def evidence_of(
         _foreign_tensors(states),
         _recipe(folder, anatomy, stages),
         _finite(folder),
+        _strays(folder, anatomy, stages),
     ]
 
 
@@ -127,21 +128,38 @@ def _recipe(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> E
             continue
         same = not subtract_all(selection.slices, stage.learning) and not subtract_all(stage.learning, selection.slices)
         planned = step_size.n_steps(spec) if step_size else spec.steps
-        long_enough = stage.end - stage.start == planned or _ended_at_a_plateau(folder, stage, spec, planned or 0)
-        if not same or not long_enough or stage.name != stage_name(recipe, i):
+        if not same or stage.end != _due_end(folder, stage, spec, planned or 0) or stage.name != stage_name(recipe, i):
             wrong.append(f"{stage.name}: learn {spec.learn}, {planned} steps")
     return _check(claim, wrong, "recomputed")
 
 
-def _ended_at_a_plateau(folder: RunFolder, stage: StageRecord, spec: StageSpec, planned: int) -> bool:
-    """Whether the recorded held-out losses end the stage where it ended, and not before."""
-    if spec.plateau is None or stage.end - stage.start >= planned:
-        return False
+def _due_end(folder: RunFolder, stage: StageRecord, spec: StageSpec, planned: int) -> float:
+    """The step a stage must have ended at: its time, or where the recorded held-out losses first stood still."""
+    if spec.plateau is None:
+        return stage.start + planned
     measured = {r["step"]: r["held_out_loss"] for r in folder.read_lines(folder.metrics) if "held_out_loss" in r}
-    due = range(stage.start + spec.plateau.every, stage.end + 1, spec.plateau.every)
-    losses = [measured.get(step, math.nan) for step in due]
-    return (
-        all(map(math.isfinite, losses)) and plateaued(losses, spec.plateau) and not plateaued(losses[:-1], spec.plateau)
+    losses: list[float] = []
+    for step in range(stage.start + spec.plateau.every, stage.start + planned, spec.plateau.every):
+        if step > stage.end:
+            break
+        if not math.isfinite(measured.get(step, math.nan)):
+            return math.nan  # equal to no step: the loss that decides was not recorded
+        losses.append(measured[step])
+        if plateaued(losses, spec.plateau):
+            return step
+    return stage.start + planned
+
+
+def _strays(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> Evidence:
+    """No gradient went where nothing learns, and every learning tensor could have one."""
+    parts: dict[str, list[str]] = {}
+    for c in anatomy.components:
+        for tensor in dict.fromkeys(s.tensor for s in c.slices):
+            parts.setdefault(tensor, []).append(c.name)
+    strays = ((name, stages[g.stage].name) for g in folder.read_gradients() for name in g.stray)
+    found = dict.fromkeys(f"{name} ({', '.join(parts.get(name, []))}; stage {stage})" for name, stage in strays)
+    return _check(
+        "gradients that went where nothing owns them, or could not go where they should", [*found], "recorded"
     )
 
 

@@ -20,19 +20,29 @@ class FrozenBuffers:
         self._seen = {n: b._version for n, b in kept.items()}
 
     def restore(self) -> list[str]:
-        """Put back what has changed since the last call; returns the names. Costs nothing where nothing was written."""
+        """Put back what has changed since the last call; returns the names.
+
+        Values are compared: batch norm writes its statistics without counting up the tensor's version. Masks, which
+        may be large, are compared only when their version says that something wrote to them.
+        """
         changed = []
         current = dict(self.model.named_buffers(remove_duplicate=False))
         for name, (tensor, values) in self._before.items():
-            if current.get(name) is tensor and tensor._version == self._seen[name]:
+            is_mask = tensor.dtype in (torch.bool, torch.uint8)
+            if current.get(name) is tensor and is_mask and tensor._version == self._seen[name]:
                 continue
             if current.get(name) is not tensor:
                 path, _, own = name.rpartition(".")
                 self.model.get_submodule(path)._buffers[own] = tensor
                 changed.append(name)
-            if not torch.equal(tensor, values):
+            if not torch.equal(_bytes(tensor), _bytes(values)):
                 with torch.no_grad():
                     tensor.copy_(values)
                 changed.append(name)
             self._seen[name] = tensor._version
         return list(dict.fromkeys(changed))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor: NaN does not equal itself, and -0.0 equals 0.0."""
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)

@@ -153,7 +153,9 @@ def _adam(found: Sequence[_Leaf], spec: OptimizerSpec) -> torch.optim.Optimizer:
 
 
 def _sgd(found: Sequence[_Leaf], spec: OptimizerSpec) -> torch.optim.Optimizer:
-    return torch.optim.SGD(_groups(found), lr=0.0, momentum=spec.momentum or 0.0, fused=True)
+    momentum = spec.momentum or 0.0
+    # torch's fused SGD fails when some leaves of a group have momentum and others do not have it yet
+    return torch.optim.SGD(_groups(found), lr=0.0, momentum=momentum, fused=None if momentum else True)
 
 
 def _adafactor(found: Sequence[_Leaf], _: OptimizerSpec) -> torch.optim.Optimizer:

@@ -114,7 +114,19 @@ class Recorder:
             gradient = ownership.gradient(piece)
             norms[str(piece)] = None if gradient is None else torch.linalg.vector_norm(gradient).item()
             self._norms.setdefault(str(piece), []).append(norms[str(piece)])
-        self.folder.append(self.folder.gradients, {"step": step, "stage": stage.index, "norms": norms})
+        row = {"step": step, "stage": stage.index, "norms": norms, "stray": self._stray(stage, ownership)}
+        self.folder.append(self.folder.gradients, row)
+
+    def _stray(self, stage: Stage, ownership: Ownership) -> list[str]:
+        """Parameters with a gradient that no leaf owns, or whose `requires_grad` is not what the stage says."""
+        learning = {s.tensor for s in stage.selection.slices}
+        leaves = {id(o.value) for o in ownership.owned}
+        return [
+            name
+            for name, p in self.model.named_parameters()
+            if (p.grad is not None and id(p) not in leaves)
+            or p.requires_grad != (self.anatomy.storage_name(name) in learning)
+        ]
 
     def drifted(self, names: list[str]) -> None:
         """Note buffers that had to be put back."""

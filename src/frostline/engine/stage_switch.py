@@ -112,19 +112,7 @@ def restore(memory: Memory, optimizer: Optimizers, owned: tuple[Owned, ...], nam
         else:
             continue
         n_restored += 1
-    if n_restored and name == "sgd" and any(group["momentum"] for group in optimizer.param_groups):
-        _start_momentum(optimizer, owned)
     return n_restored
-
-
-def _start_momentum(optimizer: Optimizers, owned: tuple[Owned, ...]) -> None:
-    """Momentum of zero, which is what a first step starts from, for the leaves that have none.
-
-    torch's fused SGD fails when some leaves of a group have momentum and others do not have it yet.
-    """
-    for o in owned:
-        if not optimizer.state_of(o.value):
-            optimizer.set_state(o.value, {"momentum_buffer": torch.zeros_like(o.value)})
 
 
 def _forget_or_offload(memory: Memory, stage: Stage, parameters: Mapping[str, nn.Parameter]) -> None:

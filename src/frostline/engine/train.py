@@ -126,7 +126,7 @@ def train_loop(
     finally:
         if active is not None:
             active.ownership.release()
-            if active.stage.start <= done < active.stage.end:  # stopped inside a stage: its evidence ends here
+            if len(endings) <= active.stage.index:  # stopped inside a stage: its evidence ends here
                 recorder.boundary(active.stage.index + 1, step=done)
     return LoopResult(steps=done, finished=done == schedule.n_steps)
 

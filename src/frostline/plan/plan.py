@@ -88,7 +88,7 @@ def make_plan(
     for stage in schedule.stages:
         key = _like(stage)  # repeated stages cost the same
         if key not in traced:
-            with _plan_errors(anatomy.model_type):
+            with plan_errors(anatomy.model_type):
                 traced[key] = trace_stage(
                     model,
                     anatomy,
@@ -106,7 +106,7 @@ def make_plan(
 
 
 @contextmanager
-def _plan_errors(model_type: str) -> Iterator[None]:
+def plan_errors(model_type: str) -> Iterator[None]:
     """Turn whatever a model raises when its tensors have no values into a `PlanError`."""
     try:
         yield

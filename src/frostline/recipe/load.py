@@ -130,6 +130,11 @@ def _describe(error: Any, *, document: YamlDocument, where: str, origins: Sequen
             return f"{place}: '{key}' is missing"
         case "value_error":
             message = str(error["ctx"]["error"])
+            about = re.match(r"stages\[(\d+)\]", message)
+            if about and not loc and origins:  # a check on the whole recipe names the stage itself
+                origin = origins[int(about[1])]
+                line = document.line_of(origin)
+                return f"{where}:{line}: " * bool(line) + format_key(origin) + message[about.end() :]
             return f"{place}: {key + ': ' if key else ''}{message}"
         case _:
             return f"{place}: '{key}': {_lower_first(error['msg'])}, found {_shown(error['input'])}"

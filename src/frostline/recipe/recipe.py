@@ -99,10 +99,10 @@ class Recipe(Record):
     def _plateaus_have_something_to_measure(self) -> Recipe:
         for i, stage in enumerate(self.stages):
             longest = stage.steps
-            if stage.plateau and longest is not None and stage.plateau.every * stage.plateau.patience >= longest:
+            if stage.plateau and longest is not None and stage.plateau.every * (stage.plateau.patience + 1) >= longest:
                 raise ValueError(
-                    f"stages[{i}].plateau can never end the stage: every × patience "
-                    f"({stage.plateau.every} × {stage.plateau.patience}) must be less than its {longest} steps"
+                    f"stages[{i}].plateau can never end the stage: every × (patience + 1) "
+                    f"({stage.plateau.every} × {stage.plateau.patience + 1}) must be less than its {longest} steps"
                 )
         return self
 

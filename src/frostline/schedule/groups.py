@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from itertools import product
 from typing import TypeVar
 
 from frostline.anatomy import Anatomy, Component, Slice, intersect_all, subtract_all
@@ -34,14 +36,14 @@ def make_groups(selection: Selection, spec: StageSpec) -> tuple[Group, ...]:
     """The groups of a stage, in the order of its settings. Raises `SelectionError` naming the setting and the part."""
     anatomy, optimizer = selection.anatomy, spec.optimizer
     plain = set() if optimizer.decay_norms_and_biases else norms_and_biases(anatomy)
+    rates = _by_part(spec.lr, selection.slices, anatomy, "lr")
+    factors = _by_depth(spec.layer_decay, selection.slices, anatomy)
+    decays = _by_part(optimizer.weight_decay, selection.slices, anatomy, "weight_decay")
+    betas = _by_part(optimizer.betas, selection.slices, anatomy, "betas")
     found: dict[tuple[float, float, tuple[float, float] | None], list[Slice]] = {}
-    for lr, learning in _by_part(spec.lr, selection.slices, anatomy, "lr"):
-        for factor, layer in _by_depth(spec.layer_decay, learning, anatomy):
-            for decay, decayed in _by_part(optimizer.weight_decay, layer, anatomy, "weight_decay"):
-                for betas, slices in _by_part(optimizer.betas, decayed, anatomy, "betas"):
-                    for s in slices:
-                        key = (lr * factor, 0.0 if s.tensor in plain else decay, betas)
-                        found.setdefault(key, []).append(s)
+    for (lr, a), (factor, b), (decay, c), (beta, d) in product(rates, factors, decays, betas):
+        for s in reduce(intersect_all, (b, c, d), a):
+            found.setdefault((lr * factor, 0.0 if s.tensor in plain else decay, beta), []).append(s)
     return tuple(
         Group(slices=tuple(slices), lr=lr, weight_decay=decay, betas=betas)
         for (lr, decay, betas), slices in found.items()
@@ -61,7 +63,11 @@ def _by_part(value: T | Mapping[str, T], slices: Slices, anatomy: Anatomy, setti
     for expression, one in value.items():
         if expression == REST:
             continue
-        named = select(anatomy, expression, ties="together").slices
+        try:
+            named = select(anatomy, expression, ties="together").slices
+        except SelectionError as error:
+            message = f"{setting}: {error.problem}"
+            raise SelectionError(message, expression=error.expression, column=error.column) from None
         mine = intersect_all(left, named)
         if not mine:
             taken = bool(intersect_all(slices, named))
