@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from frostline import run as running
 from frostline.anatomy import Anatomy, Slice, anatomy_of_parts, intersect
 from frostline.audit import Audit
 from frostline.data import Batch
-from frostline.engine import LoopSettings, StageEnded, next_token_loss, step, train, train_loop
+from frostline.engine import LoopSettings, StageEnded, StepDone, next_token_loss, step, train, train_loop
 from frostline.engine.stage_switch import Active, set_modes, switch
 from frostline.environment import hash_file
 from frostline.errors import NonFiniteError, RecipeError
@@ -588,6 +589,30 @@ def test_a_run_stopped_inside_a_stage_with_a_plateau_has_whole_evidence(tmp_path
         assert [b.step for b in run.read_boundaries()] == [0, 3, stop_at][: 2 if stop_at == 3 else 3]
         audit = frostline.audit(run.path)
         assert [e.claim for e in audit.evidence if not e.passed] == ["every stage ran to its end"]
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_an_interrupted_run_with_plateaus_is_unfinished_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """What a run has not come to cannot contradict its recipe: no loss was due there yet."""
+
+    @contextmanager
+    def stop_after(n_steps: int) -> Iterator[Callable[[], bool]]:
+        yield lambda: len(seen) >= n_steps
+
+    seen: list[StepDone] = []
+    monkeypatch.setattr(running, "stop_on_signal", lambda: stop_after(at))
+    monkeypatch.setattr(running, "plan_of", lambda *_, **__: None)
+    plateau = {"every": 2, "patience": 1}
+    stages = [{"learn": n, "steps": 6, "lr": 1e-3, "plateau": plateau} for n in ("ffn", "attn")]
+    result = frostline.train(
+        small(tmp_path, stages),
+        out=tmp_path / "run",
+        observers=[lambda e: seen.append(e) if isinstance(e, StepDone) else None],
+    )
+    assert (result.state, result.steps) == ("interrupted", at)
+    assert failed(result.audit) == f"every stage ran to its end: {at} steps"
 
 
 def test_numbers_that_are_not_finite_at_the_first_step_of_a_stage_leave_whole_evidence(tmp_path: Path) -> None:

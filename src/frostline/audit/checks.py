@@ -138,9 +138,10 @@ def _due_end(folder: RunFolder, stage: StageRecord, spec: StageSpec, planned: in
     if spec.plateau is None:
         return stage.start + planned
     measured = {r["step"]: r["held_out_loss"] for r in folder.read_lines(folder.metrics) if "held_out_loss" in r}
+    done = folder.read_status()["step"]  # an interrupted run has measured no further
     losses: list[float] = []
     for step in range(stage.start + spec.plateau.every, stage.start + planned, spec.plateau.every):
-        if step > stage.end:
+        if step > min(stage.end, done):
             break
         if not math.isfinite(measured.get(step, math.nan)):
             return math.nan  # equal to no step: the loss that decides was not recorded
