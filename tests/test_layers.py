@@ -16,6 +16,7 @@ ROWS: dict[str, float] = {
     "cli": 9,
     "experiment": 8,
     "terminal": 8.5,
+    "terminal_plan": 8.5,
     "generate": 7,
     "run": 7,
     "learning": 7,

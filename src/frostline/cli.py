@@ -152,7 +152,7 @@ def plan(
 ) -> None:
     """Say what a run will cost, without weights and without a GPU."""
     from frostline.planning import plan_model, plan_recipe
-    from frostline.terminal import print_plan
+    from frostline.terminal_plan import print_plan
     from frostline.units import parse_bytes
 
     try:
@@ -193,7 +193,7 @@ def why(
     from dataclasses import asdict
 
     from frostline.planning import why_recipe
-    from frostline.terminal import print_why
+    from frostline.terminal_plan import print_why
 
     found = why_recipe(recipe, overrides=overrides or (), trust_remote_code=trust_remote_code)
     if as_json:
@@ -218,7 +218,8 @@ def train(
     from frostline.audit import audit_to_json
     from frostline.recipe import load_recipe
     from frostline.run import train as train_run
-    from frostline.terminal import ProgressLines, print_audit, print_checks
+    from frostline.terminal import ProgressLines, print_audit
+    from frostline.terminal_plan import print_checks
 
     console = _console(stderr=as_json)
     loaded = load_recipe(recipe, overrides=overrides or [])
