@@ -137,6 +137,18 @@ def test_an_optimizer_over_more_than_what_learns_is_refused_before_it_does_anyth
     assert status["state"] == "failed"
 
 
+def test_a_step_with_a_closure_is_refused(tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+
+    def loop() -> None:
+        with frostline.learning(model, "attn.q", out=tmp_path / "run") as run:
+            optimizer = torch.optim.LBFGS([p for g in run.parameter_groups() for p in g["params"]])
+            optimizer.step(lambda: next(losses(model, 1)))
+
+    with pytest.raises(FrostlineError, match="closure"):
+        loop()
+
+
 def test_optimizers_of_other_models_and_after_the_context_are_left_alone(tmp_path: Path) -> None:
     model, other = tiny.model("llama"), nn.Linear(2, 2)
     foreign = torch.optim.SGD(other.parameters(), lr=0.1)

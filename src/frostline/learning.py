@@ -101,7 +101,7 @@ class Learning:
         self._stepped: set[int] = set()
         self._retired: set[nn.Parameter] = set()
         self._handles = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer)),
+            register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)),
             model.register_forward_pre_hook(lambda *_: self._still_the_frozen()),
         ]
@@ -218,9 +218,14 @@ class Learning:
             )
         return bool(held & owned)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._mine(optimizer):
             return
+        if any(callable(a) for a in args if a is not optimizer) or kwargs.get("closure") is not None:
+            raise FrostlineError(
+                "an optimizer's step with a closure runs the model while the leaves of slices are not yet copied back: "
+                "call backward before step"
+            )
         if not self._stepped or id(optimizer) in self._stepped:  # several optimizers may share one step
             self._stepped = set()
             self._recorder.gradients(self._active.stage, self.steps + 1, self.ownership)
