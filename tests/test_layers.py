@@ -21,6 +21,7 @@ ROWS: dict[str, float] = {
     "run": 7,
     "learning": 7,
     "planning": 7.5,
+    "why": 7.6,
     "integrations": 7,
     "plan": 6,
     "audit": 6,

@@ -142,7 +142,18 @@ def plan(
     rows: Annotated[int, typer.Option(help="For a model: rows per step.", min=1)] = 1,
     length: Annotated[int, typer.Option(help="For a model: tokens per row.", min=2)] = 2048,
     memory: Annotated[str | None, typer.Option(help="Say what fits: 80GB, 24GiB.", metavar="SIZE")] = None,
-    compared: Annotated[bool, typer.Option("--compare", help="The cost of other selections, side by side.")] = False,
+    compared: Annotated[
+        bool, typer.Option("--compare", help="The cost of other selections and settings, side by side.")
+    ] = False,
+    throughput: Annotated[
+        str | None, typer.Option(help="Reckon the time with this rate: 150TFLOPS.", metavar="RATE")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the time: real steps on random weights, here.")
+    ] = False,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Whose kernels the bytes are of; this machine's if left out.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Override a key of the recipe: stages[0].lr=1e-4.", metavar="KEY=VALUE"),
@@ -151,25 +162,30 @@ def plan(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Say what a run will cost, without weights and without a GPU."""
-    from frostline.planning import plan_model, plan_recipe
+    from frostline.planning import Asked, plan_model, plan_recipe
     from frostline.terminal_plan import print_plan
-    from frostline.units import parse_bytes
+    from frostline.units import parse_bytes, parse_flops
 
     try:
-        limit = parse_bytes(memory) if memory else None
+        asked = Asked(
+            memory=parse_bytes(memory) if memory else None,
+            compared=compared,
+            flops_per_s=parse_flops(throughput) if throughput else None,
+            calibrate=calibrate,
+        )
     except ValueError as error:
         raise PlanError(str(error)) from None
     if recipe.endswith((".yaml", ".yml")):
         found = plan_recipe(
             Path(recipe),
             overrides=overrides or (),
-            memory=limit,
-            compared=compared,
+            device=device,
+            asked=asked,
             trust_remote_code=trust_remote_code,
         )
     else:
         found = plan_model(
-            recipe, learn=learn, rows=rows, length=length, memory=limit, compared=compared,
+            recipe, learn=learn, rows=rows, length=length, device=device, asked=asked,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     if as_json:
@@ -192,8 +208,8 @@ def why(
     """Say which parts make the stages of a recipe expensive, and what leaving them out would save."""
     from dataclasses import asdict
 
-    from frostline.planning import why_recipe
     from frostline.terminal_plan import print_why
+    from frostline.why import why_recipe
 
     found = why_recipe(recipe, overrides=overrides or (), trust_remote_code=trust_remote_code)
     if as_json:
@@ -364,6 +380,7 @@ def demo(
     from frostline.experiment.demo import run_demo
     from frostline.experiment.report import write_report
     from frostline.terminal import ProgressLines, print_demo
+    from frostline.terminal_plan import print_checks
 
     console = _console(stderr=as_json)
     with ProgressLines(console) as progress:
@@ -376,6 +393,7 @@ def demo(
         _print_json({"audit": audit_to_json(done.result.audit), "claims": claims_to_json(done.claims)})
     else:
         print_demo(console, done)
+        print_checks(console, done.result.checks)
         console.print(f"report: {page}", soft_wrap=True, highlight=False)
     raise typer.Exit(0 if done.result.audit.passed and done.claims.hold else 1)
 

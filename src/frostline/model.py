@@ -89,6 +89,18 @@ def load_model(source: Source, *, seed: int = 0, trust_remote_code: bool = False
     return _module(model)
 
 
+def load_random(source: Source, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model in fp32 on the CPU with initial weights, whatever weights exist. Raises `ModelError`."""
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    try:
+        with quiet_transformers():
+            return _module(
+                AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            )
+    except Exception as error:  # constructors raise whatever their checks raise
+        raise _cannot_load("causal language model", source, error) from error
+
+
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub name. Raises `ModelError`."""
     _check_exists(source)

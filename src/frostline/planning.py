@@ -1,24 +1,30 @@
-"""Plans and what they answer: does it fit, what is the most that fits, what would something else cost, and why.
+"""Plans and what they answer: does it fit, what is the most that fits, what would something else cost, how long.
 
-Composes recipe, model and `plan`; `frostline plan` and `frostline why` are these calls. Read `plan_recipe` first.
+Composes recipe, model and `plan`; `frostline plan` is these calls. Read `plan_recipe` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from frostline.anatomy import Anatomy, read_anatomy
+import torch
+
+from frostline.anatomy import Anatomy, find_blocks, read_anatomy
+from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError, SelectionError
-from frostline.model import Source, load_skeleton
-from frostline.plan import Batching, Plan, StageCost, make_plan, plan_to_json
-from frostline.recipe import Recipe, StageSpec, load_recipe
-from frostline.run import prepare
+from frostline.model import Source, load_random, load_skeleton, untie
+from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, time_stage
+from frostline.recipe import Recipe, StageSpec, load_recipe, plain
+from frostline.run import batching_of, choose_device, prepare
 from frostline.run_folder import checkpoint_of
 from frostline.schedule import Schedule, Stage
 from frostline.selection import select
+from frostline.units import format_bytes
 
 MAX_ROWS = 1 << 20
 
@@ -45,12 +51,48 @@ class Alternative:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One step under other settings of precision and memory."""
+
+    bf16: bool
+    recompute: bool
+    cost: StageCost
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duration:
+    """How long the run takes, held-out losses and evidence apart."""
+
+    seconds: float
+    stage_seconds: tuple[float, ...]
+    flops_per_s: float
+    """Over the whole run."""
+    basis: Literal["given", "measured here"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What to answer beside the plan."""
+
+    memory: int | None = None
+    """Bytes into which it has to fit."""
+    compared: bool = False
+    """Other selections and other settings, side by side."""
+    flops_per_s: float | None = None
+    """A rate to reckon the time with."""
+    calibrate: bool = False
+    """Measure the time of a step of every stage here, on random weights and tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
     """A plan with its answers."""
 
     plan: Plan
     fit: Fit | None
     alternatives: tuple[Alternative, ...]
+    settings: tuple[Setting, ...]
+    duration: Duration | None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -58,13 +100,24 @@ class Planned:
             **plan_to_json(self.plan),
             "fit": asdict(self.fit) if self.fit else None,
             "alternatives": [
-                {"learn": a.learn, "total_flops": a.cost.total_flops, **asdict(a.cost)} for a in self.alternatives
+                {"learn": a.learn, "total_flops": a.cost.total_flops, **plain(asdict(a.cost))}
+                for a in self.alternatives
             ],
+            "settings": [
+                {
+                    "bf16": s.bf16,
+                    "recompute": s.recompute,
+                    "total_flops": s.cost.total_flops,
+                    **plain(asdict(s.cost)),
+                }
+                for s in self.settings
+            ],
+            "duration": plain(asdict(self.duration)) if self.duration else None,
         }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Subject:
+class Subject:
     """What is planned: enough to plan variants of it."""
 
     source: Source
@@ -75,9 +128,11 @@ class _Subject:
 
     @property
     def anatomy(self) -> Anatomy:
+        """Of the model."""
         return self.schedule.stages[0].selection.anatomy
 
     def plan(self, schedule: Schedule | None = None, batching: Batching | None = None) -> Plan:
+        """The plan of the subject, or of another schedule or batching over its model."""
         return make_plan(
             self.source,
             schedule or self.schedule,
@@ -85,6 +140,14 @@ class _Subject:
             untied=self.untied,
             trust_remote_code=self.trust_remote_code,
         )
+
+    def on(self, device: Device | None) -> Subject:
+        """The same by another device's kernels."""
+        return self if device is None else replace(self, batching=replace(self.batching, device=device))
+
+    def alone(self, stage: Stage) -> Schedule:
+        """One step of `stage`."""
+        return Schedule(stages=(replace(stage, index=0, start=0, n_steps=1),))
 
     def other(self, stage: Stage, learn: str) -> Schedule:
         """One step of `stage` with another selection. Raises `SelectionError`."""
@@ -101,12 +164,16 @@ def plan_recipe(
     path: Path,
     *,
     overrides: Iterable[str] = (),
-    memory: int | None = None,
-    compared: bool = False,
+    device: Device | None = None,
+    asked: Asked | None = None,
     trust_remote_code: bool = False,
 ) -> Planned:
-    """The plan of a recipe. Reads its data (for epochs) and its model's configuration, no weights."""
-    return _answered(_subject(load_recipe(path, overrides=overrides), trust_remote_code), memory, compared)
+    """The plan of a recipe. Reads its data (for epochs) and its model's configuration, no weights.
+
+    `device`: whose kernels; where the recipe would run here, when left out.
+    """
+    subject = subject_of(load_recipe(path, overrides=overrides), trust_remote_code)
+    return _answered(subject.on(device), asked or Asked())
 
 
 def plan_model(
@@ -115,8 +182,8 @@ def plan_model(
     learn: str,
     rows: int,
     length: int,
-    memory: int | None = None,
-    compared: bool = False,
+    device: Device | None = None,
+    asked: Asked | None = None,
     trust_remote_code: bool = False,
 ) -> Planned:
     """The plan of one AdamW step over a model: a folder, a hub name, or a bare configuration file."""
@@ -124,42 +191,105 @@ def plan_model(
     anatomy = read_anatomy(load_skeleton(source, trust_remote_code=trust_remote_code))
     spec = StageSpec(learn=learn, steps=1, lr=1.0)
     schedule = Schedule.of([("step", spec, select(anatomy, learn, ties="together"))])
-    subject = _Subject(
+    subject = Subject(
         source=source,
         schedule=schedule,
         batching=Batching(rows=rows, length=length),
         untied=False,
         trust_remote_code=trust_remote_code,
     )
-    return _answered(subject, memory, compared)
+    return _answered(subject.on(device), asked or Asked())
 
 
-def _subject(recipe: Recipe, trust_remote_code: bool) -> _Subject:
+def subject_of(recipe: Recipe, trust_remote_code: bool) -> Subject:
+    """A recipe as a subject; reads its data and its model's configuration."""
     prepared = prepare(recipe, trust_remote_code=trust_remote_code)
-    return _Subject(
+    return Subject(
         source=recipe.model,
         schedule=prepared.schedule,
-        batching=Batching(rows=recipe.data.batch, length=recipe.data.length, bf16=recipe.precision == "bf16-mixed"),
+        batching=batching_of(recipe, choose_device(recipe)),
         untied=recipe.ties == "untie",
         trust_remote_code=trust_remote_code,
     )
 
 
-def _answered(subject: _Subject, memory: int | None, compared: bool) -> Planned:
+def _answered(subject: Subject, asked: Asked) -> Planned:
     plan = subject.plan()
     heaviest = max(range(len(plan.stages)), key=lambda i: plan.stages[i].cost.peak_bytes)
     stage = subject.schedule.stages[heaviest]
     return Planned(
         plan=plan,
-        fit=_fit(subject, plan, stage, memory) if memory is not None else None,
-        alternatives=tuple(_alternatives(subject, stage)) if compared else (),
+        fit=_fit(subject, plan, stage, asked.memory) if asked.memory is not None else None,
+        alternatives=tuple(_alternatives(subject, stage)) if asked.compared else (),
+        settings=tuple(_settings(subject, stage)) if asked.compared else (),
+        duration=_duration(subject, plan, asked),
     )
 
 
-def _fit(subject: _Subject, plan: Plan, stage: Stage, memory: int) -> Fit:
+def _settings(subject: Subject, stage: Stage) -> Iterator[Setting]:
+    """A step of the stage with and without bf16 products and recomputed blocks."""
+    for bf16, recompute in product((False, True), repeat=2):
+        batching = replace(subject.batching, bf16=bf16, recompute=recompute)
+        cost = subject.plan(subject.alone(stage), batching).stages[0].cost
+        yield Setting(bf16=bf16, recompute=recompute, cost=cost)
+
+
+def _duration(subject: Subject, plan: Plan, asked: Asked) -> Duration | None:
+    """The time of the run: measured, or by the rate that was given."""
+    if asked.calibrate:
+        each = measure_seconds(subject, plan)
+        basis: Literal["given", "measured here"] = "measured here"
+    elif asked.flops_per_s is not None:
+        each, basis = tuple(s.cost.total_flops / asked.flops_per_s for s in plan.stages), "given"
+    else:
+        return None
+    seconds = sum(s.n_steps * t for s, t in zip(plan.stages, each, strict=True))
+    return Duration(seconds=seconds, stage_seconds=each, flops_per_s=plan.total_flops / max(seconds, 1e-9), basis=basis)
+
+
+def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
+    """Seconds of a step of every stage, measured on random weights. Raises `PlanError` when they would not fit here."""
+    device = torch.device(subject.batching.device)
+    memory = memory_of(device)
+    if memory is not None and plan.peak_bytes > memory:
+        raise PlanError(
+            f"a step needs {format_bytes(plan.peak_bytes)}, and this machine has {format_bytes(memory)}: it cannot be "
+            "measured here; give the rate of the machine it will run on (`--throughput 150TFLOPS`)"
+        )
+    model = load_random(subject.source, trust_remote_code=subject.trust_remote_code)
+    if subject.untied:
+        untie(model)
+    model.to(device)
+    if subject.batching.recompute:
+        recompute_blocks([block for _, block in find_blocks(model)])
+    batching, known = subject.batching, {}
+    for stage in subject.schedule.stages:
+        if like(stage) not in known:
+            known[like(stage)] = time_stage(
+                model,
+                subject.anatomy,
+                stage,
+                rows=batching.rows,
+                length=batching.length,
+                n_vocabulary=model.config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
+                bf16=batching.bf16,
+            )
+    return tuple(known[like(stage)] for stage in subject.schedule.stages)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that a device has; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+def _fit(subject: Subject, plan: Plan, stage: Stage, memory: int) -> Fit:
     """What fits, found by tracing: the peak grows with rows and with length."""
-    alone = Schedule(stages=(replace(stage, index=0, start=0, n_steps=1),))
-    alone = Schedule(stages=(replace(alone.stages[0], spec=stage.spec.model_copy(update={"accumulate": 1})),))
+    alone = subject.alone(replace(stage, spec=stage.spec.model_copy(update={"accumulate": 1})))
 
     def peak(rows: int, length: int) -> int:
         batching = replace(subject.batching, rows=rows, length=length)
@@ -192,14 +322,14 @@ def _largest(bytes_at: Callable[[int], int], memory: int, *, start: int, limit: 
     return low
 
 
-def _positions(subject: _Subject) -> int:
+def _positions(subject: Subject) -> int:
     """The longest row that the configuration allows."""
     config = load_skeleton(subject.source, trust_remote_code=subject.trust_remote_code).config
     most = getattr(config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
     return most if isinstance(most, int) else 1 << 20
 
 
-def _alternatives(subject: _Subject, stage: Stage) -> Iterator[Alternative]:
+def _alternatives(subject: Subject, stage: Stage) -> Iterator[Alternative]:
     """The stage's own selection beside the usual ones."""
     n = subject.anatomy.n_layers
     few = max(n // 8, 1)
@@ -210,70 +340,3 @@ def _alternatives(subject: _Subject, stage: Stage) -> Iterator[Alternative]:
         except SelectionError:
             continue  # this model has no such part
         yield Alternative(learn=learn, cost=subject.plan(schedule).stages[0].cost)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reason:
-    """What leaving one part out of a stage would save per step."""
-
-    part: str
-    learn: str
-    """The selection without it."""
-    frontier: str
-    """Where backward would stop then."""
-    flops_saved: float
-    """Share of the step's FLOPs."""
-    bytes_saved: int
-    """Of the peak."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Why:
-    """What makes a stage cost what it costs."""
-
-    stage: str
-    learn: str
-    cost: StageCost
-    reasons: tuple[Reason, ...]
-    """What could be left out, the largest saving of FLOPs first."""
-
-
-def why_recipe(path: Path, *, overrides: Iterable[str] = (), trust_remote_code: bool = False) -> tuple[Why, ...]:
-    """For every stage, which parts keep the backward pass deep and what leaving each out would save."""
-    subject = _subject(load_recipe(path, overrides=overrides), trust_remote_code)
-    plan = subject.plan()
-    return tuple(
-        Why(
-            stage=stage.name,
-            learn=stage.selection.expression,
-            cost=planned.cost,
-            reasons=tuple(_reasons(subject, stage, planned.cost)),
-        )
-        for stage, planned in zip(subject.schedule.stages, plan.stages, strict=True)
-    )
-
-
-def _reasons(subject: _Subject, stage: Stage, cost: StageCost) -> Sequence[Reason]:
-    parts = {c.path[0][0] for c, _ in stage.selection.by_component() if c.path[0][0] != "layers"}
-    layers = stage.selection.layers
-    kinds = dict.fromkeys(c.path[1][0] for c, _ in stage.selection.by_component() if c.path[0][0] == "layers")
-    candidates = [*sorted(parts), *kinds]
-    if len(layers) > 1:
-        candidates += [f"layers[:{layers[0] + max((layers[-1] - layers[0] + 1) // 2, 1)}]", f"layers[{layers[0]}]"]
-    found = []
-    for part in candidates:
-        learn = f"({stage.selection.expression}) - {part}"
-        try:
-            other = subject.plan(subject.other(stage, learn)).stages[0].cost
-        except (SelectionError, PlanError):
-            continue  # nothing would be left
-        found.append(
-            Reason(
-                part=part,
-                learn=learn,
-                frontier=other.frontier,
-                flops_saved=1 - other.total_flops / cost.total_flops,
-                bytes_saved=cost.peak_bytes - other.peak_bytes,
-            )
-        )
-    return sorted(found, key=lambda r: -r.flops_saved)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, read_anatomy
+from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.data import Batch, Document, Rows, encode, read_documents, rows_at, train_byte_bpe
 from frostline.engine import LoopSettings, Observer, check_installed, next_token_loss, train_loop
+from frostline.engine.recompute import recompute_blocks
 from frostline.environment import describe_environment, hash_file
 from frostline.errors import (
     DataError,
@@ -95,6 +96,8 @@ def train(
     model = load_weights(prepared, trust_remote_code=trust_remote_code)
     model.to(device)
     check_it_runs(model, prepared, device)
+    if recipe.recompute == "blocks":
+        recompute_blocks([block for _, block in find_blocks(model)])
     plan = plan_of(prepared, trust_remote_code=trust_remote_code)
     folder = start_folder(prepared, out)
     meters = StepMeters(model)
@@ -131,17 +134,27 @@ def train(
 def plan_of(prepared: Prepared, *, trust_remote_code: bool = False) -> Plan | None:
     """The plan of a run; None where the model's cost cannot be predicted (it then trains all the same)."""
     recipe = prepared.recipe
-    batching = Batching(rows=recipe.data.batch, length=recipe.data.length, bf16=recipe.precision == "bf16-mixed")
     try:
         return make_plan(
             recipe.model,
             prepared.schedule,
-            batching,
+            batching_of(recipe, choose_device(recipe)),
             untied=recipe.ties == "untie",
             trust_remote_code=trust_remote_code,
         )
     except PlanError:
         return None
+
+
+def batching_of(recipe: Recipe, device: torch.device) -> Batching:
+    """What a step of the recipe takes."""
+    return Batching(
+        rows=recipe.data.batch,
+        length=recipe.data.length,
+        bf16=recipe.precision == "bf16-mixed",
+        recompute=recipe.recompute == "blocks",
+        device="cuda" if device.type == "cuda" else "cpu",
+    )
 
 
 def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from frostline.plan import StageCheck, StageCost
-from frostline.planning import Alternative, Fit, Planned, Why
-from frostline.units import format_bytes, format_count, format_flops
+from frostline.plan import StageCheck, StageCost, StagePlan
+from frostline.planning import Alternative, Duration, Fit, Planned, Setting
+from frostline.units import format_bytes, format_count, format_duration, format_flops
+from frostline.why import Why
+
+COST_COLUMNS = ("FLOPs per step", "× forward", "weights", "gradients", "state", "activations", "peak")
 
 
 def print_plan(console: Console, planned: Planned) -> None:
@@ -17,28 +20,72 @@ def print_plan(console: Console, planned: Planned) -> None:
     plan, batching = planned.plan, planned.plan.batching
     console.print(
         f"{plan.model_type}, {format_count(plan.n_parameters)} parameters; steps of {batching.rows} × "
-        f"{batching.length} tokens; nothing was loaded or trained",
+        f"{batching.length} tokens{'' if planned.duration else '; nothing was loaded or trained'}",
         highlight=False,
     )
     table = Table()
     for column in ("stage", "learns", "steps", "backward stops at"):
         table.add_column(column, overflow="fold")
-    for column in ("FLOPs per step", "× forward", "weights", "gradients", "state", "activations", "peak"):
+    for column in COST_COLUMNS:
         table.add_column(column, justify="right")
     for s in plan.stages:
         table.add_row(
             s.name, f"{s.learn} ({format_count(s.n_learning)})", str(s.n_steps), s.cost.frontier, *_cost_cells(s.cost)
         )
     console.print(table)
+    grown = max(s.cost.resident_bytes for s in plan.stages)
+    resident = f" (a process grows by about {format_bytes(grown)})" if batching.device == "cpu" else ""
     console.print(
-        f"the whole run: {format_flops(plan.total_flops)}, at most {format_bytes(plan.peak_bytes)} of tensors, "
-        f"{format_bytes(sum(s.evidence_bytes for s in plan.stages))} of evidence",
+        f"the whole run: {format_flops(plan.total_flops)}, at most {format_bytes(plan.peak_bytes)} of tensors"
+        f"{resident}; "
+        f"{format_bytes(sum(s.evidence_bytes for s in plan.stages))} of evidence on disk and "
+        f"{format_bytes(plan.hashed_bytes)} to hash",
         highlight=False,
     )
+    for s in plan.stages:
+        if s.cost.prefix_flops:
+            console.print(_prefix_line(s), highlight=False)
+        for part in s.cost.unreached:
+            console.print(f"stage {s.name}: {part} is to learn, and the loss does not depend on it", highlight=False)
+    if planned.duration:
+        console.print(_duration_line(planned.duration), highlight=False)
     if planned.fit:
         console.print(_fit_line(planned.fit, batching.length), highlight=False)
     if planned.alternatives:
         console.print(_alternatives_table(planned.alternatives))
+    if planned.settings:
+        console.print(_settings_table(planned.settings))
+    if batching.device == "cuda":
+        console.print("bytes for CUDA are by a table of its kernels; context and workspaces come on top", style="dim")
+
+
+def _prefix_line(stage: StagePlan) -> str:
+    share = stage.cost.prefix_flops / stage.cost.total_flops
+    held = f"for all rows {format_bytes(stage.prefix_bytes)}" if stage.prefix_bytes else "the data is not known"
+    return (
+        f"stage {stage.name}: {100 * share:.0f} % of a step lies below {stage.cost.frontier} and repeats every epoch; "
+        f"to keep its result takes {format_bytes(stage.cost.prefix_bytes_per_token)} per token, {held}"
+    )
+
+
+def _duration_line(duration: Duration) -> str:
+    steps = ", ".join(f"{s:.3g} s" for s in dict.fromkeys(duration.stage_seconds))
+    return (
+        f"about {format_duration(duration.seconds)} at {format_flops(duration.flops_per_s)}/s ({duration.basis}): "
+        f"{steps} a step; evaluation and evidence come on top"
+    )
+
+
+def _settings_table(settings: Sequence[Setting]) -> Table:
+    """The heaviest stage under other settings."""
+    table = Table(title="the heaviest stage under other settings, one step each", title_justify="left", title_style="")
+    for column in ("precision", "recompute"):
+        table.add_column(column)
+    for column in COST_COLUMNS:
+        table.add_column(column, justify="right")
+    for s in settings:
+        table.add_row("bf16-mixed" if s.bf16 else "fp32", "blocks" if s.recompute else "off", *_cost_cells(s.cost))
+    return table
 
 
 def _cost_cells(cost: StageCost) -> Iterator[str]:
@@ -62,16 +109,7 @@ def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
     table = Table(title="what else could learn, one step each", title_justify="left", title_style="")
     for column in ("learns", "backward stops at"):
         table.add_column(column, overflow="fold")
-    for column in (
-        "FLOPs per step",
-        "× forward",
-        "weights",
-        "gradients",
-        "state",
-        "activations",
-        "peak",
-        "against first",
-    ):
+    for column in (*COST_COLUMNS, "against first"):
         table.add_column(column, justify="right")
     first = alternatives[0].cost
     for a in alternatives:
@@ -108,6 +146,18 @@ def print_why(console: Console, found: Sequence[Why]) -> None:
             f"{format_flops(w.cost.total_flops)} and {format_bytes(w.cost.peak_bytes)} a step",
             highlight=False,
         )
+        if w.against_all:
+            saved = w.against_all
+            console.print(
+                f"  against `all`: {100 * saved.flops:.1f} % of the arithmetic saved, {format_bytes(saved.peak_bytes)} "
+                f"of the peak; {saved.bytes_per_frozen_parameter:.1f} bytes of gradient and optimizer state per frozen "
+                "parameter",
+                highlight=False,
+            )
+        for no_op in w.no_ops:
+            console.print(f"  cannot learn: {no_op}", highlight=False, style="yellow")
+        if not w.reasons:
+            continue
         table = Table()
         for column in ("without", "backward stops at"):
             table.add_column(column)

@@ -38,6 +38,14 @@ def format_flops(n: float) -> str:
     return _scaled(n, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"), 1000.0)
 
 
+def parse_flops(text: str) -> float:
+    """FLOPs per second: `150T`, `150 TFLOP/s`, `1.2PFLOPS` → a number. Raises `ValueError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?)(?:FLOPS?(?:/s)?)?\s*", text)
+    if match is None or not float(match[1]):
+        raise ValueError(f"'{text}' is no rate: write it as in 150TFLOPS or 90 GFLOP/s")
+    return float(match[1]) * 1000.0 ** " KMGTP".index(match[2].upper() or " ")
+
+
 def format_duration(seconds: float) -> str:
     """`75.2` seconds → `1m15s`."""
     if seconds < 60:

@@ -14,7 +14,8 @@ from frostline.anatomy.component import (
 )
 from frostline.anatomy.modules import module_of
 from frostline.anatomy.prove import BlockProof, Proof, prove, prove_model
-from frostline.anatomy.read import anatomy_of_parts, list_tensors, read_anatomy
+from frostline.anatomy.read import anatomy_of_parts, find_blocks, list_tensors, read_anatomy
+from frostline.anatomy.shrink import tiny_config
 from frostline.anatomy.slice_proof import SliceProof, prove_slices
 from frostline.anatomy.slices import (
     Neighbours,
@@ -45,6 +46,7 @@ __all__ = [
     "anatomy_of_parts",
     "anatomy_to_json",
     "check_partition",
+    "find_blocks",
     "fingerprint",
     "intersect",
     "intersect_all",
@@ -65,5 +67,6 @@ __all__ = [
     "subtract",
     "subtract_all",
     "take",
+    "tiny_config",
     "whole",
 ]

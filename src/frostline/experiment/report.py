@@ -16,7 +16,7 @@ from frostline.audit import FAILED, Audit, Row, audit
 from frostline.errors import FrostlineError
 from frostline.folding import fold
 from frostline.run_folder import RunFolder, damaged_records, write_text
-from frostline.units import format_changes, format_count
+from frostline.units import format_bytes, format_changes, format_count, format_flops
 
 Page = dict[str, Any]
 
@@ -88,12 +88,41 @@ def page_of(folder: RunFolder, result: Audit, figures: Any) -> Page:
         ),
         "moved": _heat_maps(anatomy, result, figures, "relative_change"),
         "gradients": _heat_maps(anatomy, result, figures, "gradient_norm"),
+        "costs": _costs(_optional(folder, "plan.json")),
         "claims": _optional(folder, "claims.json"),
         "samples": _by_prompt(_optional(folder, "samples.json")),
         "environment": folder.read_json("environment.json"),
         "recipe": folder.recipe.read_text(encoding="utf-8") if folder.recipe.exists() else "",
         "numbers": [r for r in result.rows if r.verdict != "unchanged"],
     }
+
+
+def _costs(plan: Page | None) -> list[Page]:
+    """The plan's stages, each beside the step of it that was metered."""
+    if plan is None:
+        return []
+    measured = {c["stage"]: c for c in plan["checks"]}
+    out = []
+    for stage in plan["stages"]:
+        step, check = stage["step"], measured.get(stage["name"])
+        equal = check is not None and check["flops_agree"]
+        out.append(
+            {
+                "name": stage["name"],
+                "frontier": step["frontier"],
+                "flops": format_flops(step["total_flops"]),
+                "measured_flops": "–"
+                if check is None
+                else "the same"
+                if equal
+                else format_flops(check["measured_flops"]),
+                "peak": format_bytes(step["peak_bytes"]),
+                "measured_peak": f"{check['peak_ratio']:.3f} × planned" if check else "–",
+                "state": format_bytes(step["gradient_bytes"] + step["state_bytes"] + step["copy_bytes"]),
+                "prefix": format_bytes(stage["prefix_bytes"]) if stage["prefix_bytes"] else "–",
+            }
+        )
+    return out
 
 
 def _optional(folder: RunFolder, name: str) -> Page | None:

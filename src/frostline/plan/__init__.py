@@ -1,13 +1,15 @@
 """Plans: what a run will cost, from one abstract execution of its steps. Read `plan.py`, then `trace.py`."""
 
+from frostline.plan.calibrate import time_stage
 from frostline.plan.check import StageCheck, StepMeters, check_plan, checks_to_json
-from frostline.plan.meter import KINDS, Kind, Meter
-from frostline.plan.plan import Batching, Plan, StagePlan, make_plan, plan_to_json
+from frostline.plan.meter import KINDS, Device, Kind, Meter
+from frostline.plan.plan import Batching, Plan, StagePlan, like, make_plan, plan_to_json
 from frostline.plan.trace import StageCost, trace_stage
 
 __all__ = [
     "KINDS",
     "Batching",
+    "Device",
     "Kind",
     "Meter",
     "Plan",
@@ -17,7 +19,9 @@ __all__ = [
     "StepMeters",
     "check_plan",
     "checks_to_json",
+    "like",
     "make_plan",
     "plan_to_json",
+    "time_stage",
     "trace_stage",
 ]

@@ -55,7 +55,8 @@ class StepMeters:
             **dict(self.model.named_parameters(remove_duplicate=False)),
             **dict(self.model.named_buffers(remove_duplicate=False)),
         }
-        meter = Meter(tensors)
+        on_cuda = any(t.is_cuda for t in tensors.values())
+        meter = Meter(tensors, device="cuda" if on_cuda else "cpu")
         meter.adopt(_held(active))
         try:
             with meter:
@@ -63,7 +64,7 @@ class StepMeters:
         except PlanError:  # an operation without a formula: the plan has failed on it already, the run need not
             return
         weights = sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in tensors.values()}.values())
-        self.measured[active.stage.index] = (sum(meter.flops.values()), weights + meter.peak_bytes)
+        self.measured[active.stage.index] = (meter.total_flops, weights + meter.peak_bytes)
 
 
 def _held(active: Active) -> Iterator[torch.Tensor]:

@@ -1,8 +1,8 @@
 """Counting what is computed and what is alive: a mode that sees every operation, on real or on fake tensors.
 
 FLOPs are told apart by kind: forward products, gradients of inputs (a product with a weight during backward) and
-gradients of weights (a product that ends in one), and by the tensor they belong to. Memory is the sum of the storages
-that are alive. Read `Meter` first.
+gradients of weights (a product that ends in one), products computed again (gradient checkpointing), and by the tensor
+they belong to. Memory is the sum of the storages that are alive. Read `Meter` first.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from frostline.engine.recompute import recomputing
 from frostline.errors import PlanError
+from frostline.plan.cuda import allocated_bytes
 from frostline.plan.formulas import aten, flops_of
 
-Kind = Literal["forward", "input gradients", "weight gradients"]
-KINDS: tuple[Kind, ...] = ("forward", "input gradients", "weight gradients")
+Device = Literal["cpu", "cuda"]
+Kind = Literal["forward", "recomputed", "input gradients", "weight gradients"]
+KINDS: tuple[Kind, ...] = ("forward", "recomputed", "input gradients", "weight gradients")
 _COPIES = {aten._to_copy, aten.clone}
 """Operations whose result stands for the same weight in other memory (autocast's casts)."""
 
@@ -29,8 +32,10 @@ _COPIES = {aten._to_copy, aten.clone}
 class Meter(TorchDispatchMode):
     """Inside, every operation is counted; `weights` names the tensors that products are attributed to."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], *, device: Device = "cpu") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        """Whose allocator the bytes are of; tensors without values are all on the CPU."""
         self.flops: Counter[tuple[str, Kind]] = Counter()
         """(tensor, kind) → FLOPs; products without a weight go to the weight before them, as `tensor*`."""
         self.live_bytes = 0
@@ -61,6 +66,11 @@ class Meter(TorchDispatchMode):
                 self._alive(tensor)
         return out
 
+    @property
+    def total_flops(self) -> int:
+        """All that was counted."""
+        return sum(self.flops.values())
+
     def _value_of(self, tensor: torch.Tensor) -> float:
         """A number that is read from a tensor without values: optimizers scale by it, and nothing else may."""
         if not self.numbers_only_scale:
@@ -70,11 +80,12 @@ class Meter(TorchDispatchMode):
     def _attribute(self, n: int, args: tuple[Any, ...]) -> None:
         name = next((found for t in args if isinstance(t, torch.Tensor) and (found := self._name_of(t))), None)
         node = torch._C._current_autograd_node()
+        forward: Kind | None = "recomputed" if recomputing() else "forward" if node is None else None
         if name is not None:
             self._last = name
-            self.flops[name, "forward" if node is None else "input gradients"] += n
-        elif node is None:
-            self.flops[f"{self._last}*", "forward"] += n
+            self.flops[name, forward or "input gradients"] += n
+        elif forward is not None:
+            self.flops[f"{self._last}*", forward] += n
         elif (learned := self._weight_behind(node)) is not None:
             self._last = learned
             self.flops[learned, "weight gradients"] += n
@@ -100,7 +111,7 @@ class Meter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage in self._storages or storage in self._weights:
             return
-        n = storage.nbytes()
+        n = storage.nbytes() if self.device == "cpu" else allocated_bytes(storage.nbytes())
         self._storages[storage] = n
         self._last_dimension[storage] = tensor.shape[-1] if tensor.dim() > 1 else 0
         self.live_bytes += n

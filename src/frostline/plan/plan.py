@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from frostline.anatomy import find_blocks
+from frostline.engine.recompute import recompute_blocks
 from frostline.errors import FrostlineError, PlanError
 from frostline.model import Source, load_fake, untie
-from frostline.plan.meter import KINDS
+from frostline.plan.meter import KINDS, Device
 from frostline.plan.trace import StageCost, trace_stage
 from frostline.schedule import Schedule, Stage
 
@@ -27,6 +29,10 @@ class Batching:
     """Tokens per row."""
     bf16: bool = False
     """Matrix products in bf16 (autocast)."""
+    recompute: bool = False
+    """Blocks keep their input only (gradient checkpointing)."""
+    device: Device = "cpu"
+    """Whose kernels and allocator the bytes are of."""
 
     @property
     def tokens(self) -> int:
@@ -48,6 +54,9 @@ class StagePlan:
     """Of one optimizer step."""
     evidence_bytes: int
     """Entry values that the run folder keeps for the audit."""
+    prefix_bytes: int
+    """What a cache of the activations at the frontier would hold for all training rows; 0 where nothing is below it,
+    or where no data is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +72,11 @@ class Plan:
     def total_flops(self) -> int:
         """FLOPs of the whole run, held-out losses apart."""
         return sum(s.n_steps * s.cost.total_flops for s in self.stages)
+
+    @property
+    def hashed_bytes(self) -> int:
+        """What is hashed for the evidence: every tensor at the start and at the end of every stage."""
+        return (len(self.stages) + 1) * self.stages[0].cost.weight_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -81,12 +95,14 @@ def make_plan(
     if untied:
         with mode:
             untie(model)
+    if batching.recompute:
+        recompute_blocks([block for _, block in find_blocks(model)])
     anatomy = schedule.stages[0].selection.anatomy
     n_vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     stages: list[StagePlan] = []
     traced: dict[object, StageCost] = {}
     for stage in schedule.stages:
-        key = _like(stage)  # repeated stages cost the same
+        key = like(stage)  # repeated stages cost the same
         if key not in traced:
             with plan_errors(anatomy.model_type):
                 traced[key] = trace_stage(
@@ -97,9 +113,11 @@ def make_plan(
                     length=batching.length,
                     n_vocabulary=n_vocabulary,
                     bf16=batching.bf16,
+                    device=batching.device,
                     mode=mode,
                 )
-        stages.append(_stage_plan(stage, traced[key]))
+        rows = schedule.step_size.n_rows if schedule.step_size else 0
+        stages.append(_stage_plan(stage, traced[key], n_tokens=rows * batching.length))
     return Plan(
         model_type=anatomy.model_type, n_parameters=anatomy.n_parameters, batching=batching, stages=tuple(stages)
     )
@@ -119,11 +137,12 @@ def plan_errors(model_type: str) -> Iterator[None]:
         ) from error
 
 
-def _like(stage: Stage) -> object:
+def like(stage: Stage) -> str:
+    """Equal for stages whose steps cost the same."""
     return stage.spec.model_copy(update={"name": None, "steps": None, "tokens": None, "epochs": 1.0}).model_dump_json()
 
 
-def _stage_plan(stage: Stage, cost: StageCost) -> StagePlan:
+def _stage_plan(stage: Stage, cost: StageCost, *, n_tokens: int) -> StagePlan:
     return StagePlan(
         name=stage.name,
         learn=stage.selection.expression,
@@ -131,6 +150,7 @@ def _stage_plan(stage: Stage, cost: StageCost) -> StagePlan:
         n_learning=stage.selection.n_elements,
         cost=cost,
         evidence_bytes=stage.selection.n_bytes,
+        prefix_bytes=cost.prefix_bytes_per_token * n_tokens,
     )
 
 
@@ -144,9 +164,11 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
                 **{k: v for k, v in asdict(s).items() if k != "cost"},
                 "step": {
                     **cost,
+                    "unreached": list(s.cost.unreached),
                     "total_flops": s.cost.total_flops,
                     "flops_by_kind": {kind: s.cost.of_kind(kind) for kind in KINDS},
                     "transient_bytes": s.cost.transient_bytes,
+                    "resident_bytes": s.cost.resident_bytes,
                 },
             }
         )
@@ -156,5 +178,6 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         **asdict(plan.batching),
         "total_flops": plan.total_flops,
         "peak_bytes": plan.peak_bytes,
+        "hashed_bytes": plan.hashed_bytes,
         "stages": stages,
     }

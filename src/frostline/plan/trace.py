@@ -17,11 +17,13 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy
+from frostline.anatomy import Anatomy, Component, Slice, find_blocks, intersect, module_of, parse_path
 from frostline.engine import next_token_loss, step
 from frostline.engine.optimizers import FOREIGN, state_bytes
+from frostline.engine.recompute import recomputing
 from frostline.engine.stage_switch import Active, set_modes, switch
-from frostline.plan.meter import KINDS, Kind, Meter
+from frostline.plan.cuda import cuda_kernels
+from frostline.plan.meter import KINDS, Device, Kind, Meter
 from frostline.schedule import Stage
 
 CPU = torch.device("cpu")
@@ -58,6 +60,12 @@ class StageCost:
     """Of these, tensors over the vocabulary."""
     peak_bytes: int
     """The most that is alive at once, weights included."""
+    prefix_flops: int
+    """Forward FLOPs below the frontier: what activations kept from another epoch would save."""
+    prefix_bytes_per_token: int
+    """What would be kept for it: the activations that enter the part at the frontier."""
+    unreached: tuple[str, ...]
+    """Parts that are to learn and that no gradient reaches: the loss does not depend on them."""
 
     @property
     def total_flops(self) -> int:
@@ -67,6 +75,12 @@ class StageCost:
     def of_kind(self, kind: Kind) -> int:
         """FLOPs of one kind."""
         return sum(kinds.get(kind, 0) for kinds in self.flops.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """By about how much a process on the CPU grows: the peak, a tenth of it for the allocator, and 150 MB for
+        libraries loaded late and scratch of kernels (fitted to `benchmarks/plan_memory.py`)."""
+        return int(1.1 * self.peak_bytes + 150e6)
 
     @property
     def transient_bytes(self) -> int:
@@ -84,44 +98,42 @@ def trace_stage(
     length: int,
     n_vocabulary: int,
     bf16: bool = False,
+    device: Device = "cpu",
     mode: AbstractContextManager[Any] | None = None,
 ) -> StageCost:
     """The cost of an optimizer step of `rows` rows of `length` tokens, its micro-batches as the stage says.
 
     `mode`: the fake mode that the model's tensors were made in; None for a real model, which is then trained for two
-    steps. Raises `PlanError` for arithmetic without a formula.
+    steps, on the CPU. `device`: whose kernels and allocator the bytes are of. Raises `PlanError` for arithmetic without
+    a formula.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     everything = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
-    meter = Meter(everything)
+    meter = Meter(everything, device=device)
     by_formula = mode is not None and stage.spec.optimizer.name in FOREIGN
 
     def element_bytes(tensor: str) -> int:
         return anatomy.tensor[tensor].element_bytes
 
-    alive: list[int] = []
-    logits: list[int] = []
-
-    def watched(model: nn.Module, batch: Any) -> torch.Tensor:
-        before = meter.live_bytes
-        loss = next_token_loss(model, batch)
-        alive.append(meter.live_bytes - before)
-        logits.append(meter.alive_over(n_vocabulary))
-        return loss
-
-    with mode or nullcontext(), _masks_as_in_training() if mode else nullcontext(), meter:
+    frontier = next(c.name for c, _ in stage.selection.by_component())
+    watch = _Watch(meter, n_vocabulary)
+    watched_entry = watch.entry(_at_frontier(model, anatomy, frontier))
+    as_trained = _masks_as_in_training() if mode else nullcontext()
+    kernels = cuda_kernels() if device == "cuda" else nullcontext()
+    with mode or nullcontext(), as_trained, kernels, watched_entry, meter:
         meter.numbers_only_scale = True
         active = switch(parameters, anatomy, stage, memory={}, leaving=None)
         meter.numbers_only_scale = False
         set_modes(model, stage)
-        batches = _micro_batches(rows, length, stage.spec.accumulate)
+        batches = micro_batches(rows, length, stage.spec.accumulate)
         for _ in range(2):  # the optimizer makes its state in the first
             meter.flops.clear()
             meter.peak_bytes = meter.live_bytes
-            step(model, batches, watched, seed=0, device=CPU, bf16=bf16)
+            step(model, batches, watch.loss, seed=0, device=CPU, bf16=bf16)
             gradients = sum(o.value.grad.nbytes for o in active.ownership.owned if o.value.grad is not None)
+            unreached = _parts(anatomy, [o.piece for o in active.ownership.owned if o.value.grad is None])
             meter.numbers_only_scale = True
-            _update(active, by_formula=by_formula)
+            update(active, by_formula=by_formula)
             meter.numbers_only_scale = False
         state = state_bytes(stage, element_bytes) if by_formula else _state_bytes(active)
         copies = sum(o.value.nbytes for o in active.ownership.owned if o.is_copy)
@@ -129,15 +141,78 @@ def trace_stage(
     weights = sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in everything.values()}.values())
     return StageCost(
         flops=_by_part(meter.flops, anatomy),
-        frontier=next(c.name for c, _ in stage.selection.by_component()),
+        frontier=frontier,
         weight_bytes=weights,
         gradient_bytes=gradients,
         state_bytes=state,
         copy_bytes=copies,
-        activation_bytes=max(alive),
-        logit_bytes=max(logits),
+        activation_bytes=max(watch.alive),
+        logit_bytes=max(watch.logits),
         peak_bytes=weights + meter.peak_bytes + (state if by_formula else 0),
+        prefix_flops=watch.prefix_flops * stage.spec.accumulate,
+        prefix_bytes_per_token=watch.entering_bytes * stage.spec.accumulate // (rows * length),
+        unreached=unreached,
     )
+
+
+class _Watch:
+    """Looks at the meter at three moments of a micro-batch: before, where learning begins, and before its backward."""
+
+    def __init__(self, meter: Meter, n_vocabulary: int) -> None:
+        self.meter, self.n_vocabulary = meter, n_vocabulary
+        self.alive: list[int] = []
+        self.logits: list[int] = []
+        self.prefix_flops = 0
+        self.entering_bytes = 0
+        self._flops_before = 0
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The engine's loss, watched."""
+        before, self._flops_before = self.meter.live_bytes, self.meter.total_flops
+        loss = next_token_loss(model, batch)
+        self.alive.append(self.meter.live_bytes - before)
+        self.logits.append(self.meter.alive_over(self.n_vocabulary))
+        return loss
+
+    @contextmanager
+    def entry(self, module: nn.Module | None) -> Iterator[None]:
+        """Inside, note what is computed before `module` and what enters it; of one micro-batch."""
+
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if recomputing():
+                return
+            given = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+            self.entering_bytes = given[0].nbytes if given else 0
+            self.prefix_flops = self.meter.total_flops - self._flops_before
+
+        if module is None:
+            yield
+            return
+        handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _at_frontier(model: nn.Module, anatomy: Anatomy, frontier: str) -> nn.Module | None:
+    """The block or module whose input is the last activation that needs no gradient; None where there is none."""
+    (first, index), *_ = parse_path(frontier)
+    if first == "layers" and index is not None:
+        return find_blocks(model)[index][1]
+    return module_of(model, anatomy, frontier) if first in ("final_norm", "head") else None
+
+
+def _parts(anatomy: Anatomy, pieces: Sequence[Slice]) -> tuple[str, ...]:
+    """Names of the parts that the pieces belong to."""
+    wanted: dict[str, list[Slice]] = {}
+    for piece in pieces:
+        wanted.setdefault(piece.tensor, []).append(piece)
+
+    def holds_one(component: Component) -> bool:
+        return any(intersect(s, piece) is not None for s in component.slices for piece in wanted.get(s.tensor, ()))
+
+    return tuple(c.name for c in anatomy.components if wanted and holds_one(c))
 
 
 @contextmanager
@@ -153,13 +228,14 @@ def _masks_as_in_training() -> Iterator[None]:
         yield
 
 
-def _micro_batches(rows: int, length: int, accumulate: int) -> Sequence[FakeRows]:
+def micro_batches(rows: int, length: int, accumulate: int, ids: torch.Tensor | None = None) -> Sequence[FakeRows]:
+    """The micro-batches of a step, all alike: of `ids`, or of zeros."""
     each = rows // accumulate
-    ids = torch.zeros((each, length), dtype=torch.long)
+    ids = torch.zeros((each, length), dtype=torch.long) if ids is None else ids[:each]
     return [FakeRows(input_ids=ids, labels=ids, n_targets=each * length)] * accumulate
 
 
-def _update(active: Active, *, by_formula: bool) -> None:
+def update(active: Active, *, by_formula: bool = False) -> None:
     """What training does between two backward passes; a foreign library's kernels cannot run without values."""
     active.ownership.clip(active.stage.spec.clip or math.inf)
     active.optimizer.set_rate(1.0)

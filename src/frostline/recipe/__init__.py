@@ -3,7 +3,7 @@
 from frostline.recipe.data_spec import DataSpec
 from frostline.recipe.load import load_recipe, recipe_from_dict
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
-from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, RunRateSpec, stage_name
+from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, RunRateSpec, plain, stage_name
 from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 from frostline.recipe.yaml_text import dump_yaml
 
@@ -20,6 +20,7 @@ __all__ = [
     "TrainedTokenizer",
     "dump_yaml",
     "load_recipe",
+    "plain",
     "recipe_from_dict",
     "stage_name",
 ]

@@ -65,6 +65,8 @@ class Recipe(Record):
     """All randomness is a function of it: initial weights, order of the data, dropout."""
     precision: Literal["fp32", "bf16-mixed"] = "fp32"
     """`bf16-mixed`: fp32 weights and optimizer, matrix products in bf16 (autocast)."""
+    recompute: Literal["off", "blocks"] = "off"
+    """`blocks`: a block keeps only its input and is computed again for its backward pass (gradient checkpointing)."""
     ties: Literal["error", "together", "untie"] = "error"
     """When a selection takes one of two tied parts: refuse, take both, or give the model separate weights first."""
     lr_across: RunRateSpec | None = None

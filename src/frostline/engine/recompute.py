@@ -1,0 +1,51 @@
+"""Gradient checkpointing: a block keeps its input only, and is computed again when its backward pass comes.
+
+transformers' own switch makes the input of the model require a gradient, so that backward runs through every block
+whatever is frozen, and leaves out blocks in evaluation mode; here neither happens. Read `recompute_blocks` first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+_thread = threading.local()
+
+
+def recompute_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Let every block of `blocks` keep no more than its input between forward and backward.
+
+    Gradients are bitwise those without (dropout included), where the same kernels give the same bits twice. Below the
+    frontier nothing is kept or computed again, and backward stops where it stopped. Hooks on the block itself run
+    once, outside of what is computed again.
+    """
+    for block in blocks:
+        block.forward = partial(_checkpointed, block.forward)
+
+
+def recomputing() -> bool:
+    """Whether this thread is computing a block for the second time."""
+    return getattr(_thread, "active", False)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _marked()
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    _thread.active = True
+    try:
+        yield
+    finally:
+        _thread.active = False

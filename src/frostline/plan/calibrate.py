@@ -1,0 +1,46 @@
+"""The time of a step, measured: a few real optimizer steps on random tokens. Read `time_stage`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from frostline.anatomy import Anatomy
+from frostline.engine import next_token_loss, step
+from frostline.engine.stage_switch import set_modes, switch
+from frostline.plan.trace import micro_batches, update
+from frostline.schedule import Stage
+
+
+def time_stage(
+    model: nn.Module,
+    anatomy: Anatomy,
+    stage: Stage,
+    *,
+    rows: int,
+    length: int,
+    n_vocabulary: int,
+    bf16: bool = False,
+    n_steps: int = 3,
+) -> float:
+    """Seconds of an optimizer step of a stage: the median of `n_steps`, after one that warms up. Trains the model."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(n_vocabulary, (rows, length), generator=generator).to(device)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    active = switch(parameters, anatomy, stage, memory={}, leaving=None)
+    set_modes(model, stage)
+    batches = micro_batches(rows, length, stage.spec.accumulate, ids)
+    seconds = []
+    for _ in range(1 + n_steps):
+        started = time.perf_counter()
+        step(model, batches, next_token_loss, seed=0, device=device, bf16=bf16)
+        update(active)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    active.ownership.release()
+    return statistics.median(seconds[1:])
