@@ -46,6 +46,10 @@ class SelectionError(FrostlineError):
         super().__init__(f"{message}\n  {one_line}\n  {' ' * column}^")
 
 
+class RouteError(FrostlineError):
+    """A gradient route that a model does not have, or that its probes do not confirm."""
+
+
 class NonFiniteError(FrostlineError):
     """The loss or a gradient stopped being finite; the weights are those before the update."""
 

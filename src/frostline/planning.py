@@ -18,7 +18,7 @@ from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError, SelectionError
 from frostline.model import Source, load_random, load_skeleton, untie
-from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, time_stage
+from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, points_for, time_stage
 from frostline.recipe import Recipe, StageSpec, load_recipe, plain
 from frostline.run import batching_of, choose_device, prepare
 from frostline.run_folder import checkpoint_of
@@ -259,6 +259,7 @@ def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
     model = load_random(subject.source, trust_remote_code=subject.trust_remote_code)
     if subject.untied:
         untie(model)
+    points = points_for(subject.schedule, model, subject.anatomy)
     model.to(device)
     if subject.batching.recompute:
         recompute_blocks([block for _, block in find_blocks(model)])
@@ -273,6 +274,7 @@ def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
                 length=batching.length,
                 n_vocabulary=model.config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
                 bf16=batching.bf16,
+                points=points,
             )
     return tuple(known[like(stage)] for stage in subject.schedule.stages)
 

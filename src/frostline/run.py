@@ -21,7 +21,16 @@ from torch import nn
 from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.data import Batch, Document, Rows, encode, read_documents, rows_at, train_byte_bpe
-from frostline.engine import LoopSettings, Observer, check_installed, next_token_loss, train_loop
+from frostline.engine import (
+    LoopSettings,
+    Observer,
+    Points,
+    check_installed,
+    loss_of,
+    next_token_loss,
+    set_routes,
+    train_loop,
+)
 from frostline.engine.recompute import recompute_blocks
 from frostline.environment import describe_environment, hash_file
 from frostline.errors import (
@@ -31,6 +40,7 @@ from frostline.errors import (
     NonFiniteError,
     PlanError,
     RecipeError,
+    RouteError,
     SelectionError,
 )
 from frostline.model import load_config, load_model, load_skeleton, load_tokenizer, save_model, untie
@@ -43,11 +53,15 @@ from frostline.plan import (
     checks_to_json,
     make_plan,
     plan_to_json,
+    points_for,
 )
 from frostline.recipe import Recipe, ScratchModel, TrainedTokenizer, dump_yaml, load_recipe, stage_name
 from frostline.run_folder import RunFolder, State, storage_errors, write_text
 from frostline.schedule import Schedule, Stage, StepSize, make_groups
 from frostline.selection import Selection, select
+
+FLOW_EVERY = 50
+"""Steps between measurements of where gradients go, in a run with gradient routes whose recipe does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +110,7 @@ def train(
     model = load_weights(prepared, trust_remote_code=trust_remote_code)
     model.to(device)
     check_it_runs(model, prepared, device)
+    points = points_for(prepared.schedule, model, prepared.anatomy, always=recipe.evidence.flow_every is not None)
     if recipe.recompute == "blocks":
         recompute_blocks([block for _, block in find_blocks(model)])
     plan = plan_of(prepared, trust_remote_code=trust_remote_code)
@@ -110,7 +125,7 @@ def train(
                 batches_of(prepared, device),
                 next_token_loss,
                 folder=folder,
-                settings=replace(loop_settings(recipe, device), watch=meters if plan else None),
+                settings=replace(loop_settings(recipe, device, points), watch=meters if plan else None),
                 held_out=held_out_batches(prepared, device),
                 observers=observers,
                 stop=stop,
@@ -187,10 +202,12 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
     documents = read_documents(recipe.data.train)
     tokenizer = get_tokenizer(recipe, documents, trust_remote_code=trust_remote_code)
     train_rows, held_out_rows = make_rows(recipe, documents, tokenizer)
+    schedule = make_schedule(recipe, selections, n_rows=len(train_rows))
+    check_routes(skeleton, anatomy, schedule)
     return Prepared(
         recipe=recipe,
         anatomy=anatomy,
-        schedule=make_schedule(recipe, selections, n_rows=len(train_rows)),
+        schedule=schedule,
         tokenizer=tokenizer,
         train_rows=train_rows,
         held_out_rows=held_out_rows,
@@ -217,7 +234,10 @@ def make_schedule(recipe: Recipe, selections: Sequence[Selection], *, n_rows: in
     named = [
         (stage_name(recipe, i), spec, s) for i, (spec, s) in enumerate(zip(recipe.stages, selections, strict=True))
     ]
-    schedule = Schedule.of(named, step_size=size, across=recipe.lr_across)
+    try:
+        schedule = Schedule.of(named, step_size=size, across=recipe.lr_across)
+    except RouteError as error:
+        raise RecipeError(f"routes: {error}") from None
     for stage in schedule.stages:
         if stage.spec.warmup >= stage.n_steps:
             raise RecipeError(
@@ -227,6 +247,19 @@ def make_schedule(recipe: Recipe, selections: Sequence[Selection], *, n_rows: in
     if recipe.lr_across is not None and recipe.lr_across.warmup >= schedule.n_steps:
         raise RecipeError(f"lr_across: warmup must be shorter than the run, which has {schedule.n_steps} steps")
     return schedule
+
+
+def check_routes(skeleton: nn.Module, anatomy: Anatomy, schedule: Schedule) -> None:
+    """Whether the model has every point that a stage asks for. Raises `RecipeError` naming the stage."""
+    try:
+        points = points_for(schedule, skeleton, anatomy)
+    except RouteError as error:
+        raise RecipeError(str(error)) from None
+    for stage in schedule.stages if points else ():
+        try:
+            set_routes(points, stage.routes)  # type: ignore[arg-type]
+        except RouteError as error:
+            raise RecipeError(f"stages[{stage.index}].routes: {error}") from None
 
 
 def _select(anatomy: Anatomy, expression: str, ties: str, *, stage: int) -> Selection:
@@ -310,9 +343,12 @@ def choose_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if has_cuda and recipe.device != "cpu" else "cpu")
 
 
-def loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
+def loop_settings(recipe: Recipe, device: torch.device, points: Points | None = None) -> LoopSettings:
     """The recipe's settings that hold for all stages."""
     return LoopSettings(
+        points=points,
+        flow_every=recipe.evidence.flow_every or FLOW_EVERY if points else None,
+        loss_of=lambda stage: loss_of(stage, points),
         seed=recipe.seed,
         bf16=recipe.precision == "bf16-mixed",
         device=device,

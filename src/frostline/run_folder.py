@@ -103,6 +103,7 @@ class RunFolder:
         self.timing = self.path / "timing.jsonl"
         self.endings = self.path / "endings.jsonl"
         self.gradients = self.evidence / "gradients.jsonl"
+        self.flow = self.evidence / "flow.jsonl"
         self.recipe = self.path / "recipe.yaml"
         self.report = self.path / "report.html"
 

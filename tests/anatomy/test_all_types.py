@@ -111,9 +111,9 @@ def test_the_residual_scale_is_measured() -> None:
 
 
 def test_modules_that_hold_the_residual_are_found() -> None:
-    assert prove(CONFIG_MAPPING["bloom"]()).blocks[0].residual_inside == ("attn", "ffn")
-    assert prove(CONFIG_MAPPING["mpt"]()).blocks[0].residual_inside == ("ffn",)
-    assert prove(CONFIG_MAPPING["llama"]()).blocks[0].residual_inside == ()
+    assert prove(CONFIG_MAPPING["bloom"]()).blocks[0].residual_inside == {"attn": "residual", "ffn": "residual"}
+    assert prove(CONFIG_MAPPING["mpt"]()).blocks[0].residual_inside == {"ffn": "residual"}
+    assert prove(CONFIG_MAPPING["llama"]()).blocks[0].residual_inside == {}
 
 
 def test_the_same_norm_name_means_what_it_feeds() -> None:

@@ -374,7 +374,7 @@ def test_parts_that_the_loss_does_not_depend_on_are_named(monkeypatch: pytest.Mo
     def blind(model: Any, batch: Any) -> torch.Tensor:
         return model.get_input_embeddings()(batch.input_ids).sum()  # type: ignore[no-any-return]
 
-    monkeypatch.setattr("frostline.plan.trace.next_token_loss", blind)
+    monkeypatch.setattr("frostline.plan.trace.loss_of", lambda *_: blind)
     model, mode = load_fake(source_of("llama"))
     stage = stage_of(anatomy_of(source_of("llama")), "embed | layers[0].ffn")
     cost = trace_stage(

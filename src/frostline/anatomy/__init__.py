@@ -13,7 +13,7 @@ from frostline.anatomy.component import (
     reaches_outside,
 )
 from frostline.anatomy.modules import module_of
-from frostline.anatomy.prove import BlockProof, Proof, prove, prove_model
+from frostline.anatomy.prove import BlockProof, Proof, part_modules, prove, prove_model, tiny_model
 from frostline.anatomy.read import anatomy_of_parts, find_blocks, list_tensors, read_anatomy
 from frostline.anatomy.shrink import tiny_config
 from frostline.anatomy.slice_proof import SliceProof, prove_slices
@@ -55,6 +55,7 @@ __all__ = [
     "module_of",
     "parse_path",
     "part",
+    "part_modules",
     "prove",
     "prove_model",
     "prove_slices",
@@ -68,5 +69,6 @@ __all__ = [
     "subtract_all",
     "take",
     "tiny_config",
+    "tiny_model",
     "whole",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,8 @@ from frostline.anatomy.slice_proof import SliceProof, prove_slices
 from frostline.errors import AnatomyError
 
 N_TOKENS = 12
+SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 4096}
+"""A model of at most these sizes is probed as it is."""
 FIT = 1e-5
 """Relative residual below which a least-squares fit of a block's output counts as exact (fp32)."""
 
@@ -49,8 +52,11 @@ class BlockProof:
     """Where the norms stand: `pre-norm`, `post-norm`, `sandwich`, or `unknown`."""
     residual_scale: dict[str, float]
     """`stream` and branches → the factors with which they add up to the block's output; empty where no fit is exact."""
-    residual_inside: tuple[str, ...]
-    """Branches whose module adds the residual itself (a stop at its output would cut the highway)."""
+    residual_inside: dict[str, str]
+    """Branch whose module adds the residual itself (a stop at its output would cut the highway) → the argument that
+    it adds."""
+    order: tuple[str, ...]
+    """Branches and norms in the order of their calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,19 +81,33 @@ def prove(config: Any, *, seed: int = 0) -> Proof:
 
     The error says why no tiny model could be built or run, or lists every disagreement with both sides.
     """
-    try:
-        small = tiny_config(config)
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
-    except Exception as error:  # configuration classes and constructors raise anything
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AnatomyError(f"{config.model_type}: no tiny model can be built to prove it on: {first}") from error
+    model = tiny_model(config, seed=seed)
     proof = prove_model(model)
     slices = prove_slices(model, read_anatomy(model), seed=seed)
     wrong = (*proof.disagreements, *slices.disagreements)
     if wrong:
         raise AnatomyError(f"{proof.model_type}: structure and measurement disagree:\n  " + "\n  ".join(wrong))
     return replace(proof, slices=slices)
+
+
+def tiny_model(config: Any, *, seed: int = 0) -> nn.Module:
+    """A model in fp32 with the flags of `config`, small enough to probe. Raises `AnatomyError`."""
+    try:
+        small = config if _is_small(config) else tiny_config(config)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+    except Exception as error:  # configuration classes and constructors raise anything
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AnatomyError(f"{config.model_type}: no tiny model can be built to prove it on: {first}") from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _is_small(config: Any) -> bool:
+    """Whether a model of `config` is small enough to probe as it is."""
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in SMALL]
+    return all(isinstance(n, int) and n <= most for n, most in zip(sizes, SMALL.values(), strict=True))
 
 
 def prove_model(model: nn.Module, *, seed: int = 0) -> Proof:
@@ -115,8 +135,8 @@ class _Call:
 
     given: torch.Tensor
     returned: torch.Tensor
-    others: tuple[torch.Tensor, ...] = ()
-    """Further floating-point tensors that went in, each as a tensor of its own in the graph."""
+    others: dict[str, torch.Tensor]
+    """Further floating-point tensors that went in, by argument, each as a tensor of its own in the graph."""
 
 
 @dataclass(slots=True)
@@ -223,13 +243,17 @@ def _separate(
 
 def _recorder(trace: _Trace, part: str | None) -> Any:
     def record(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        tensors = [a for a in (*args, *kwargs.values()) if _is_data(a)]
+        names = [*signature(type(_module).forward).parameters][1:]
+        names += [f"#{i}" for i in range(len(names), len(args))]
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        tensors = {n: a for n, a in named.items() if _is_data(a)}
         several = type(output) in (tuple, list)
         first = output[0] if several else output
         if not tensors or not isinstance(first, torch.Tensor):
             return None
-        given = kwargs["hidden_states"] if _is_data(kwargs.get("hidden_states")) else tensors[0]
-        call = _Call(given=given, returned=first, others=tuple(t for t in tensors if t is not given))
+        main = "hidden_states" if "hidden_states" in tensors else next(iter(tensors))
+        given = tensors.pop(main)
+        call = _Call(given=given, returned=first, others=tensors)
         if part is None:
             trace.block = call  # of several calls the last one counts: earlier cycles may run without gradients
         else:
@@ -258,7 +282,7 @@ def _block_proof(layer: int, trace: _Trace) -> BlockProof:
     contributions = {
         b: next((norms[n].returned for n, f in follows.items() if f == b), c.returned) for b, c in branches.items()
     }
-    inside = tuple(b for b, c in branches.items() if _holds_residual(c))
+    inside = {b: name for b, c in branches.items() if (name := _residual_argument(c)) is not None}
     return BlockProof(
         layer=layer,
         mixes_tokens={n: _mixes(c) for n, c in branches.items()},
@@ -268,6 +292,7 @@ def _block_proof(layer: int, trace: _Trace) -> BlockProof:
         placement=_placement(trace, norms, feeds, follows),
         residual_scale={} if inside else _scales(trace, contributions),
         residual_inside=inside,
+        order=tuple(trace.parts),
     )
 
 
@@ -281,23 +306,23 @@ def _mixes(call: _Call) -> bool:
     if not call.returned.requires_grad:
         return False
     n_rows = call.returned.numel() // call.returned.shape[-1]  # some modules see the tokens as rows of a matrix
-    inputs = [t for t in (call.given, *call.others) if t.requires_grad and t.numel() % n_rows == 0]
+    inputs = [t for t in (call.given, *call.others.values()) if t.requires_grad and t.numel() % n_rows == 0]
     last = call.returned.reshape(n_rows, -1)[-1].float().sum()
     gradients = torch.autograd.grad(last, inputs, retain_graph=True, allow_unused=True)
     return any(g is not None and bool(g.reshape(n_rows, -1)[:-1].abs().max() > 0) for g in gradients)
 
 
-def _holds_residual(call: _Call) -> bool:
-    """Whether the module adds one of its arguments to its output as it is."""
+def _residual_argument(call: _Call) -> str | None:
+    """The argument that the module adds to its output as it is; None where it adds none."""
     if not call.returned.requires_grad:
-        return False
+        return None
     cotangent = torch.randn(call.returned.shape, generator=torch.Generator().manual_seed(1))
-    for other in call.others:
+    for name, other in call.others.items():
         if other.requires_grad and other.shape == call.returned.shape:
             (gradient,) = torch.autograd.grad(call.returned, other, cotangent, retain_graph=True, allow_unused=True)
             if gradient is not None and torch.equal(gradient, cotangent):
-                return True
-    return False
+                return name
+    return None
 
 
 def _combination(target: torch.Tensor, columns: list[torch.Tensor]) -> list[float] | None:

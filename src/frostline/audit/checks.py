@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from frostline.anatomy import Anatomy, Slice, reaches_outside, subtract_all
+from frostline.anatomy import Anatomy, Slice, intersect, reaches_outside, subtract_all
 from frostline.audit.states import States
 from frostline.audit.verdicts import Basis, Evidence, Row
 from frostline.environment import hash_file
 from frostline.errors import FrostlineError, RunFolderError
 from frostline.recipe import StageSpec, load_recipe, stage_name
 from frostline.run_folder import Boundary, RunFolder, StageRecord
-from frostline.schedule import StepSize, plateaued
+from frostline.schedule import StepSize, make_routes, plateaued
 from frostline.selection import select
 
 
@@ -81,6 +81,7 @@ def evidence_of(
         _recipe(folder, anatomy, stages),
         _finite(folder),
         _strays(folder, anatomy, stages),
+        *([_past_stops(folder, anatomy, stages, pieces)] if any(cut_off(s, anatomy) for s in stages) else []),
     ]
 
 
@@ -162,6 +163,32 @@ def _strays(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> E
     return _check(
         "gradients that went where nothing owns them, or could not go where they should", [*found], "recorded"
     )
+
+
+def _past_stops(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord], pieces: dict[str, Slice]) -> Evidence:
+    """No gradient reached what a stage's routes cut off: the branch behind a stopped output, the layers before a
+    stopped input (not with local losses, which those layers have for themselves)."""
+    found: dict[str, None] = {}
+    cut = {s.index: [c for c in anatomy.components if c.name.startswith(cut_off(s, anatomy))] for s in stages}
+    for sample in folder.read_gradients():
+        for name in (n for n, norm in sample.norms.items() if norm and cut[sample.stage] and n in pieces):
+            hit = (c for c in cut[sample.stage] if any(intersect(s, pieces[name]) is not None for s in c.slices))
+            found |= dict.fromkeys(f"{c.name} (stage {stages[sample.stage].name})" for c in hit)
+    return _check("gradients that passed a stop", [*found], "recorded")
+
+
+def cut_off(stage: StageRecord, anatomy: Anatomy) -> tuple[str, ...]:
+    """What the names of parts begin with that a stage's routes leave no gradient: `layers[3].attn.`, `layers[0].`."""
+    if "routes" not in stage.settings:
+        return ()
+    spec = StageSpec.model_validate(stage.settings)
+    out: list[str] = []
+    for route in make_routes(spec.routes, anatomy.n_layers):
+        if route.mode == "stop" and route.point == "block.in" and spec.local_loss == "none":
+            out += [f"layers[{i}]." for i in range(max(route.layers))]
+        elif route.mode == "stop" and route.point.endswith(".out"):
+            out += [f"layers[{i}].{route.point.removesuffix('out')}" for i in route.layers]
+    return tuple(dict.fromkeys(out))
 
 
 def _finite(folder: RunFolder) -> Evidence:

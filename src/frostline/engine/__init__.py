@@ -1,8 +1,10 @@
 """The engine: exact execution of a schedule, and the evidence of it. Read `train.py`, then `owned.py`."""
 
 from frostline.engine.events import Evaluated, Event, Observer, RunStarted, StageEnded, StageStarted, StepDone
-from frostline.engine.loss import next_token_loss
+from frostline.engine.loss import loss_of, next_token_loss
 from frostline.engine.optimizers import check_installed
+from frostline.engine.place import place
+from frostline.engine.routes import Points, set_routes
 from frostline.engine.step import StepRecord, step
 from frostline.engine.train import LoopResult, LoopSettings, train_loop
 
@@ -12,13 +14,17 @@ __all__ = [
     "LoopResult",
     "LoopSettings",
     "Observer",
+    "Points",
     "RunStarted",
     "StageEnded",
     "StageStarted",
     "StepDone",
     "StepRecord",
     "check_installed",
+    "loss_of",
     "next_token_loss",
+    "place",
+    "set_routes",
     "step",
     "train_loop",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from frostline.engine.flow import Flow
 from frostline.schedule import Schedule, Stage
 
 
@@ -53,6 +54,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """After a measurement of where gradients go."""
+
+    stage: Stage
+    step: int
+    """Steps done."""
+    flow: Flow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageEnded:
     """After a stage's last step."""
 
@@ -72,5 +83,5 @@ class StageEnded:
     """Bytes of gradients, optimizer state and copies of slices that the next stage needs."""
 
 
-Event = RunStarted | StageStarted | StepDone | Evaluated | StageEnded
+Event = RunStarted | StageStarted | StepDone | Evaluated | Measured | StageEnded
 Observer = Callable[[Event], None]

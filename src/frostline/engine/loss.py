@@ -7,6 +7,11 @@ from torch import nn
 from torch.nn import functional
 
 from frostline.data import Batch
+from frostline.engine.local_loss import local_loss
+from frostline.engine.routes import Points
+from frostline.engine.step import LossFunction
+from frostline.errors import RouteError
+from frostline.schedule import Stage
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -17,3 +22,12 @@ def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     return functional.cross_entropy(
         logits_BTV.flatten(0, 1), batch.labels.flatten(), reduction="sum", ignore_index=-100
     )
+
+
+def loss_of(stage: Stage, points: Points | None) -> LossFunction:
+    """What a stage of a language model minimises. Raises `RouteError` for local losses without `points`."""
+    if stage.spec.local_loss == "none":
+        return next_token_loss
+    if points is None:
+        raise RouteError(f"stage {stage.name}: local losses need the points of a transformers model")
+    return local_loss(points)

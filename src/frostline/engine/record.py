@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from frostline.anatomy import Anatomy, Slice, fingerprint, refine, take, whole
-from frostline.engine.events import Evaluated, Event, StageEnded, StageStarted, StepDone
+from frostline.engine.events import Evaluated, Event, Measured, StageEnded, StageStarted, StepDone
 from frostline.engine.optimizers import leaves, state_bytes
 from frostline.engine.owned import Ownership
 from frostline.run_folder import Boundary, RunFolder, StageRecord, storage_errors
@@ -174,6 +174,9 @@ class Recorder:
                     self.folder.metrics,
                     {"step": event.step, "stage": event.stage.name, "held_out_loss": event.held_out_loss},
                 )
+            case Measured():
+                row = {"step": event.step, "stage": event.stage.index, **event.flow.to_json()}
+                self.folder.append(self.folder.flow, row)
             case StageStarted() | StageEnded():
                 if isinstance(event, StageEnded):
                     self.folder.append(

@@ -13,11 +13,13 @@ from torch import nn
 
 from frostline.anatomy import Anatomy, fingerprint
 from frostline.engine.buffers import FrozenBuffers
-from frostline.engine.events import Evaluated, Event, Observer, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.engine.events import Evaluated, Event, Measured, Observer, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.engine.flow import measure_flow
 from frostline.engine.record import Recorder
+from frostline.engine.routes import Points, set_routes
 from frostline.engine.stage_switch import Active, Memory, set_modes, switch
 from frostline.engine.step import Countable, LossFunction, step
-from frostline.errors import NonFiniteError, RecipeError
+from frostline.errors import NonFiniteError, RecipeError, RouteError
 from frostline.randomness import derive_seed
 from frostline.run_folder import RunFolder
 from frostline.schedule import Schedule, Stage, plateaued
@@ -39,6 +41,12 @@ class LoopSettings:
     """Steps between measurements of the held-out loss, beside the start and each stage's end."""
     gradients_every: int = 10
     """Steps between recorded gradient norms, beside each stage's first and last step."""
+    points: Points | None = None
+    """Where gradient routes can be set; needed when a stage has routes."""
+    flow_every: int | None = None
+    """Steps between measurements of where gradients go, from the start of each stage; needs `points`."""
+    loss_of: Callable[[Stage], LossFunction] | None = None
+    """What each stage minimises, where that is not the loss that is measured."""
     watch: Callable[[Active, int], AbstractContextManager[None]] | None = None
     """(stage in progress, its step) → a context around that step that only looks; for measuring."""
 
@@ -73,6 +81,8 @@ def train_loop(
     """
     if not held_out and any(s.spec.plateau for s in schedule.stages):
         raise RecipeError("a stage ends at a plateau of the held-out loss, but there is no held-out data")
+    if settings.points is None and any(s.routes for s in schedule.stages):
+        raise RouteError("a stage has gradient routes, but no points were placed in the model (see `place`)")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     recorder = Recorder(folder, model, anatomy, schedule, gradients_every=settings.gradients_every)
     memory: Memory = {}
@@ -102,6 +112,7 @@ def train_loop(
             stage = schedule.at(done)
             if active is None or active.stage.index != stage.index:
                 active = switch(parameters, anatomy, stage, memory=memory, leaving=active)
+                enter_routes(settings.points, stage)
                 set_modes(model, stage)
                 recorder.entry(stage)
                 n_owned = len(active.ownership.owned)
@@ -109,8 +120,12 @@ def train_loop(
                 losses = []
                 if done == 0:
                     measure(stage, done)
+            if settings.flow_every and (done - stage.start) % settings.flow_every == 0:
+                tell(_flow(model, stage, held_out, settings, done))
+                set_modes(model, stage)
+            objective = settings.loss_of(stage) if settings.loss_of else loss
             with settings.watch(active, done - stage.start) if settings.watch else nullcontext():
-                event = _one_step(model, active, schedule, batches(done, stage), loss, recorder, settings, at=done)
+                event = _one_step(model, active, schedule, batches(done, stage), objective, recorder, settings, at=done)
             tell(event)
             recorder.drifted(buffers.restore())
             done += 1
@@ -126,9 +141,24 @@ def train_loop(
     finally:
         if active is not None:
             active.ownership.release()
+            if settings.points is not None:
+                set_routes(settings.points, ())
             if len(endings) <= active.stage.index:  # stopped inside a stage: its evidence ends here
                 recorder.boundary(active.stage.index + 1, step=done)
     return LoopResult(steps=done, finished=done == schedule.n_steps)
+
+
+def enter_routes(points: Points | None, stage: Stage) -> None:
+    """Put exactly a stage's routes in force; after its switch, which says what learns."""
+    if points is not None:
+        set_routes(points, stage.routes)
+
+
+def _flow(model: nn.Module, stage: Stage, held_out: Sequence[Countable], settings: LoopSettings, done: int) -> Measured:
+    assert settings.points is not None
+    assert held_out
+    flow = measure_flow(model, settings.points, stage, held_out[0], device=settings.device, bf16=settings.bf16)
+    return Measured(stage=stage, step=done, flow=flow)
 
 
 def _end_stage(schedule: Schedule, index: int, recorder: Recorder, *, n_skipped: int) -> StageEnded:

@@ -3,7 +3,7 @@
 from frostline.plan.calibrate import time_stage
 from frostline.plan.check import StageCheck, StepMeters, check_plan, checks_to_json
 from frostline.plan.meter import KINDS, Device, Kind, Meter
-from frostline.plan.plan import Batching, Plan, StagePlan, like, make_plan, plan_to_json
+from frostline.plan.plan import Batching, Plan, StagePlan, like, make_plan, plan_to_json, points_for
 from frostline.plan.trace import StageCost, trace_stage
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "like",
     "make_plan",
     "plan_to_json",
+    "points_for",
     "time_stage",
     "trace_stage",
 ]

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy
-from frostline.engine import next_token_loss, step
+from frostline.engine import Points, loss_of, step
 from frostline.engine.stage_switch import set_modes, switch
+from frostline.engine.train import enter_routes
 from frostline.plan.trace import micro_batches, update
 from frostline.schedule import Stage
 
@@ -24,6 +25,7 @@ def time_stage(
     length: int,
     n_vocabulary: int,
     bf16: bool = False,
+    points: Points | None = None,
     n_steps: int = 3,
 ) -> float:
     """Seconds of an optimizer step of a stage: the median of `n_steps`, after one that warms up. Trains the model."""
@@ -32,12 +34,13 @@ def time_stage(
     ids = torch.randint(n_vocabulary, (rows, length), generator=generator).to(device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     active = switch(parameters, anatomy, stage, memory={}, leaving=None)
+    enter_routes(points, stage)
     set_modes(model, stage)
     batches = micro_batches(rows, length, stage.spec.accumulate, ids)
     seconds = []
     for _ in range(1 + n_steps):
         started = time.perf_counter()
-        step(model, batches, next_token_loss, seed=0, device=device, bf16=bf16)
+        step(model, batches, loss_of(stage, points), seed=0, device=device, bf16=bf16)
         update(active)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

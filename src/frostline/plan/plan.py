@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from frostline.anatomy import find_blocks
+from torch import nn
+
+from frostline.anatomy import Anatomy, find_blocks
+from frostline.engine import Points, place
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import FrostlineError, PlanError
 from frostline.model import Source, load_fake, untie
@@ -95,6 +98,7 @@ def make_plan(
     if untied:
         with mode:
             untie(model)
+    points = points_for(schedule, model, schedule.stages[0].selection.anatomy)
     if batching.recompute:
         recompute_blocks([block for _, block in find_blocks(model)])
     anatomy = schedule.stages[0].selection.anatomy
@@ -114,6 +118,7 @@ def make_plan(
                     n_vocabulary=n_vocabulary,
                     bf16=batching.bf16,
                     device=batching.device,
+                    points=points,
                     mode=mode,
                 )
         rows = schedule.step_size.n_rows if schedule.step_size else 0
@@ -121,6 +126,14 @@ def make_plan(
     return Plan(
         model_type=anatomy.model_type, n_parameters=anatomy.n_parameters, batching=batching, stages=tuple(stages)
     )
+
+
+def points_for(schedule: Schedule, model: nn.Module, anatomy: Anatomy, *, always: bool = False) -> Points | None:
+    """The points of gradient routes, placed where a stage needs them, or `always`. Raises `RouteError`."""
+    local = any(s.spec.local_loss != "none" for s in schedule.stages)
+    if not always and not local and not any(s.routes for s in schedule.stages):
+        return None
+    return place(model, anatomy, local_losses=local)
 
 
 @contextmanager

@@ -18,10 +18,12 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy, Component, Slice, find_blocks, intersect, module_of, parse_path
-from frostline.engine import next_token_loss, step
+from frostline.engine import Points, loss_of, set_routes, step
 from frostline.engine.optimizers import FOREIGN, state_bytes
 from frostline.engine.recompute import recomputing
 from frostline.engine.stage_switch import Active, set_modes, switch
+from frostline.engine.step import LossFunction
+from frostline.engine.train import enter_routes
 from frostline.plan.cuda import cuda_kernels
 from frostline.plan.meter import KINDS, Device, Kind, Meter
 from frostline.schedule import Stage
@@ -99,6 +101,7 @@ def trace_stage(
     n_vocabulary: int,
     bf16: bool = False,
     device: Device = "cpu",
+    points: Points | None = None,
     mode: AbstractContextManager[Any] | None = None,
 ) -> StageCost:
     """The cost of an optimizer step of `rows` rows of `length` tokens, its micro-batches as the stage says.
@@ -116,7 +119,7 @@ def trace_stage(
         return anatomy.tensor[tensor].element_bytes
 
     frontier = next(c.name for c, _ in stage.selection.by_component())
-    watch = _Watch(meter, n_vocabulary)
+    watch = _Watch(meter, n_vocabulary, loss_of(stage, points))
     watched_entry = watch.entry(_at_frontier(model, anatomy, frontier))
     as_trained = _masks_as_in_training() if mode else nullcontext()
     kernels = cuda_kernels() if device == "cuda" else nullcontext()
@@ -124,6 +127,7 @@ def trace_stage(
         meter.numbers_only_scale = True
         active = switch(parameters, anatomy, stage, memory={}, leaving=None)
         meter.numbers_only_scale = False
+        enter_routes(points, stage)
         set_modes(model, stage)
         batches = micro_batches(rows, length, stage.spec.accumulate)
         for _ in range(2):  # the optimizer makes its state in the first
@@ -138,6 +142,8 @@ def trace_stage(
         state = state_bytes(stage, element_bytes) if by_formula else _state_bytes(active)
         copies = sum(o.value.nbytes for o in active.ownership.owned if o.is_copy)
         active.ownership.release()
+        if points is not None:
+            set_routes(points, ())
     weights = sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in everything.values()}.values())
     return StageCost(
         flops=_by_part(meter.flops, anatomy),
@@ -158,8 +164,8 @@ def trace_stage(
 class _Watch:
     """Looks at the meter at three moments of a micro-batch: before, where learning begins, and before its backward."""
 
-    def __init__(self, meter: Meter, n_vocabulary: int) -> None:
-        self.meter, self.n_vocabulary = meter, n_vocabulary
+    def __init__(self, meter: Meter, n_vocabulary: int, loss: LossFunction) -> None:
+        self.meter, self.n_vocabulary, self._loss = meter, n_vocabulary, loss
         self.alive: list[int] = []
         self.logits: list[int] = []
         self.prefix_flops = 0
@@ -169,7 +175,7 @@ class _Watch:
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The engine's loss, watched."""
         before, self._flops_before = self.meter.live_bytes, self.meter.total_flops
-        loss = next_token_loss(model, batch)
+        loss = self._loss(model, batch)
         self.alive.append(self.meter.live_bytes - before)
         self.logits.append(self.meter.alive_over(self.n_vocabulary))
         return loss

@@ -40,6 +40,9 @@ class EvidenceSpec(Record):
 
     gradients_every: Annotated[int, Field(ge=1)] = 10
     """Gradient norms per part are recorded every so many steps, and at the first and last step of a stage."""
+    flow_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between measurements of where gradients go (at block boundaries; bias against no stops); two further
+    backward passes each. When left out: every 50, if a stage has routes or local losses, else never."""
 
 
 class Recipe(Record):

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic.types import Strict
 
 from frostline.recipe.base import Record
+from frostline.recipe.route_spec import RouteSpec
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Strict(False)]
@@ -112,6 +113,10 @@ class StageSpec(Record):
     """Optimizer state at the switch into this stage. `keep`: what learned before and still learns keeps it, what
     freezes loses it. `offload`: what freezes has it moved to CPU memory, and gets it back when it learns again.
     `reset`: all start afresh. How many leaves kept or got back their state is printed."""
+    routes: Annotated[tuple[RouteSpec, ...], Strict(False)] = ()
+    """Where gradients stop, and which residual connections are left out: `[{stop: attn.out, layers: "0:4"}]`."""
+    local_loss: Literal["none", "shared"] = "none"
+    """`shared`: the loss of every block's output, through the final norm and the head, is added to the model's own."""
     frozen_dropout: Literal["off", "on"] = "off"
     """`off`: modules of which nothing learns run as in evaluation, without dropout."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from frostline.recipe import PlateauSpec, RunRateSpec, StageSpec
 from frostline.schedule.groups import Group, make_groups
+from frostline.schedule.routes import Route, make_routes
 from frostline.selection import Selection
 
 
@@ -44,6 +45,8 @@ class Stage:
     """What learns."""
     groups: tuple[Group, ...]
     """What learns, by settings."""
+    routes: tuple[Route, ...]
+    """Where gradients stop."""
     start: int
     """Its first step."""
     n_steps: int
@@ -109,7 +112,8 @@ class Schedule:
     ) -> Schedule:
         """Lay stages (name, settings, what learns) one after another.
 
-        `step_size` is needed where a duration is in tokens or epochs. Raises `SelectionError` for settings by part.
+        `step_size` is needed where a duration is in tokens or epochs. Raises `SelectionError` for settings by part and
+        `RouteError` for routes.
         """
         stages, start = [], 0
         for i, (name, spec, selection) in enumerate(specs):
@@ -118,7 +122,16 @@ class Schedule:
             n_steps = step_size.n_steps(spec) if step_size else spec.steps or 0
             groups = make_groups(selection, spec)
             stages.append(
-                Stage(index=i, name=name, spec=spec, selection=selection, groups=groups, start=start, n_steps=n_steps)
+                Stage(
+                    index=i,
+                    name=name,
+                    spec=spec,
+                    selection=selection,
+                    groups=groups,
+                    routes=make_routes(spec.routes, selection.anatomy.n_layers),
+                    start=start,
+                    n_steps=n_steps,
+                )
             )
             start += n_steps
         return cls(stages=tuple(stages), across=across, step_size=step_size)
