@@ -121,8 +121,8 @@ class _Carry(torch.autograd.Function):
 
 @contextmanager
 def watched(points: Iterable[RoutePoint]) -> Iterator[None]:
-    """Inside, points keep what they read and gave in their last call."""
-    points = list(points)
+    """Inside, points keep what they read and gave in their last call; those watched already stay so afterwards."""
+    points = [p for p in points if not p.watched]
     for point in points:
         point.watched = True
     try:

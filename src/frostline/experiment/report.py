@@ -14,6 +14,7 @@ from typing import Any
 from frostline.anatomy import Anatomy, parse_path
 from frostline.audit import FAILED, Audit, Row, audit
 from frostline.errors import FrostlineError
+from frostline.experiment.flow_section import flow_section
 from frostline.folding import fold
 from frostline.run_folder import RunFolder, damaged_records, write_text
 from frostline.units import format_bytes, format_changes, format_count, format_flops
@@ -88,6 +89,7 @@ def page_of(folder: RunFolder, result: Audit, figures: Any) -> Page:
         ),
         "moved": _heat_maps(anatomy, result, figures, "relative_change"),
         "gradients": _heat_maps(anatomy, result, figures, "gradient_norm"),
+        "flow": flow_section(folder, stages, anatomy.n_layers),
         "costs": _costs(_optional(folder, "plan.json")),
         "claims": _optional(folder, "claims.json"),
         "samples": _by_prompt(_optional(folder, "samples.json")),
