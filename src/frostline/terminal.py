@@ -17,7 +17,7 @@ from rich.text import Text
 from frostline.anatomy import Anatomy, Proof, SliceProof, parse_path
 from frostline.audit import FAILED, Audit, Diff, Row
 from frostline.engine import Evaluated, Event, RunStarted, StageEnded, StageStarted, StepDone
-from frostline.experiment.claims import Claims
+from frostline.experiment.bench import Claims
 from frostline.experiment.demo import Demo
 from frostline.folding import Fold, fold
 from frostline.schedule import Stage
@@ -268,7 +268,10 @@ def print_claims(console: Console, claims: Claims) -> None:
             console.print(
                 Text(f"    THE MEASUREMENT CONTRADICTS our verdict ({claim.verdict}): {claim.measured}", "bold red")
             )
-        if claim.table:
+        if claim.table and claim.table[0][0] != "part":
+            for point, parts in claim.table[1:]:
+                console.print(Text(f"    {point}: {parts}", style="dim"))
+        elif claim.table:
             received = ", ".join(name for name, answer in claim.table[1:] if answer == "yes")
             none = ", ".join(name for name, answer in claim.table[1:] if answer == "none")
             console.print(Text(f"    gradient: {received}\n    none: {none}", style="dim"))

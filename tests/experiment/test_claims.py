@@ -11,8 +11,10 @@ from torch import nn
 
 from frostline.data import Batch
 from frostline.engine.stage_switch import Active, switch
+from frostline.experiment import bench as bench_module
 from frostline.experiment import claims as claims_module
-from frostline.experiment.claims import Claims, claims_markdown, claims_to_json, measure_claims
+from frostline.experiment.bench import Claims
+from frostline.experiment.claims import claims_markdown, claims_to_json, measure_claims
 from frostline.schedule import Schedule
 from frostline.selection import select
 
@@ -32,7 +34,7 @@ def test_every_claim_holds_and_has_numbers(architecture: str) -> None:
     before = {n: p.clone() for n, p in model.named_parameters()}
     claims = measure_claims(model, batch(), name=architecture)
     assert not broken(claims)
-    assert {c.key for c in claims.claims} == {"S3", "S4", "S5", "S7"}
+    assert {c.key for c in claims.claims} == {"S3", "S4", "S5", "S6", "S7"}
     assert all(c.numbers and any(ch.isdigit() for ch in c.measured) for c in claims.claims)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "the weights must be put back"
     json.dumps(claims_to_json(claims))
@@ -89,7 +91,7 @@ def everything_learns_instead(parameters: Any, anatomy: Any, stage: Any, **kwarg
 
 
 def test_a_switch_that_does_not_freeze_breaks_the_claims_on_freezing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims_module, "switch", everything_learns_instead)
+    monkeypatch.setattr(bench_module, "switch", everything_learns_instead)
     found = broken(measure_claims(tiny.model("llama"), batch(), name="llama"))
     assert any("only the FFN" in belief for belief in found)
     assert any("zero freezes" in belief for belief in found)
@@ -103,7 +105,7 @@ def test_an_update_that_skips_a_part_breaks_the_claim_that_everything_moves(monk
             group["params"] = [p for p in group["params"] if p is not skipped]
         return active
 
-    monkeypatch.setattr(claims_module, "switch", skip_one)
+    monkeypatch.setattr(bench_module, "switch", skip_one)
     assert any("one step updates" in b for b in broken(measure_claims(tiny.model("llama"), batch(), name="llama")))
 
 

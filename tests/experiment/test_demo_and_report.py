@@ -15,7 +15,7 @@ import frostline
 from frostline.audit import rewind
 from frostline.cli import app
 from frostline.errors import RunFolderError
-from frostline.experiment import claims as claims_module
+from frostline.experiment import bench as bench_module
 from frostline.experiment.report import write_report
 from frostline.model import load_model
 from frostline.run import load_weights, prepare
@@ -60,14 +60,14 @@ def test_the_demo_ends_with_claims_that_have_numbers_and_a_page(demo: Path) -> N
 
 
 def test_breaking_a_claimed_property_turns_the_demos_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims_module, "DECAY", 0.0)
-    original = claims_module._Bench.update
+    monkeypatch.setattr(bench_module, "DECAY", 0.0)
+    original = bench_module.Bench.update
 
-    def no_update(self: claims_module._Bench, active: object) -> None:
+    def no_update(self: bench_module.Bench, active: object) -> None:
         original(self, active)  # type: ignore[arg-type]
         self.learn("all")  # puts the weights back: nothing ever moves
 
-    monkeypatch.setattr(claims_module._Bench, "update", no_update)
+    monkeypatch.setattr(bench_module.Bench, "update", no_update)
     result = frost_demo(tmp_path / "demo", monkeypatch)
     assert result.exit_code == 1  # type: ignore[attr-defined]
     assert "CONTRADICTS" in result.output  # type: ignore[attr-defined]

@@ -116,7 +116,7 @@ class _Trial:
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             stream = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            given.append(stream.detach().requires_grad_())
+            given.append(stream.view_as(stream))  # a node of its own
             if "hidden_states" in kwargs:
                 return args, {**kwargs, "hidden_states": given[-1]}
             return (given[-1], *args[1:]), kwargs

@@ -7,126 +7,31 @@ S7 of the question the project grew from. Read `measure_claims` first. The weigh
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cosine_similarity
 
-from frostline.anatomy import Anatomy, Slice, module_of, read_anatomy, take
+from frostline.anatomy import module_of, take
 from frostline.data import Batch
-from frostline.engine import next_token_loss, step
-from frostline.engine.stage_switch import Active, switch
-from frostline.recipe import OptimizerSpec, StageSpec
-from frostline.schedule import Schedule
-from frostline.selection import Selection, select
-
-N_STEPS = 3
-LR = 1e-3
-DECAY = 0.1
-SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
-    """One belief and what was measured of it."""
-
-    key: str
-    """Row of the question's table: S3, S4, …"""
-    belief: str
-    """What is said."""
-    verdict: str
-    """What our measurement says of the belief."""
-    measured: str
-    """The numbers, in a sentence."""
-    holds: bool
-    """Whether the measurement agrees with our verdict."""
-    numbers: dict[str, float | int | None] = field(default_factory=dict)
-    """The numbers by name."""
-    table: tuple[tuple[str, ...], ...] = ()
-    """Rows of a table that goes with it, the header first."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claims:
-    """All claims measured on one model."""
-
-    model: str
-    n_parameters: int
-    n_tokens: int
-    """Tokens of the probe batch."""
-    claims: tuple[Claim, ...]
-
-    @property
-    def hold(self) -> bool:
-        """Whether every measurement agrees with its verdict."""
-        return all(c.holds for c in self.claims)
-
-
-class _Bench:
-    """A model, its anatomy and one batch, with the few operations that the claims are made of."""
-
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
-        self.model, self.batch = model, batch
-        self.anatomy: Anatomy = read_anatomy(model)
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.start = {n: p.detach().clone() for n, p in model.named_parameters()}
-        self.device = next(model.parameters()).device
-        self.layers = range(self.anatomy.n_layers)
-        self.active: Active | None = None
-
-    def learn(self, expression: str) -> Active:
-        """Put the weights back and enter a stage in which `expression` learns."""
-        with torch.no_grad():
-            for name, value in self.start.items():
-                self.parameters[name].copy_(value)
-        optimizer = OptimizerSpec(name="adamw", weight_decay=DECAY)
-        spec = StageSpec(learn=expression, steps=N_STEPS, lr=LR, optimizer=optimizer, clip=None)
-        schedule = Schedule.of([("claim", spec, select(self.anatomy, expression))])
-        self.active = switch(self.parameters, self.anatomy, schedule.stages[0], memory={}, leaving=self.active)
-        return self.active
-
-    def backward(self) -> float:
-        """One forward and backward pass, dropout off; returns the loss."""
-        self.model.eval()
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)  # some sums run in any order otherwise (GPT-OSS)
-        try:
-            return step(self.model, [self.batch], next_token_loss, seed=SEED, device=self.device).loss.item()
-        finally:
-            torch.use_deterministic_algorithms(before)
-
-    def update(self, active: Active) -> None:
-        """One optimizer step, gradients cleared after it."""
-        for group in active.optimizer.param_groups:
-            group["lr"] = LR
-        active.optimizer.step()
-        active.ownership.write_back()
-        active.optimizer.zero_grad()
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Copies of the gradients that are there, by tensor name."""
-        return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
-
-    def bytes_changed(self, selection: Selection) -> int:
-        """Bytes of the selection that differ from the start."""
-        total = 0
-        for s in selection.slices:
-            now = take(self.parameters[s.tensor].detach(), s).contiguous().view(torch.uint8)
-            total += int((now != take(self.start[s.tensor], s).contiguous().view(torch.uint8)).sum())
-        return total
-
-    def moved(self, piece: Slice) -> bool:
-        """Whether a slice differs from the start."""
-        return not torch.equal(take(self.parameters[piece.tensor], piece), take(self.start[piece.tensor], piece))
-
-    def select(self, expression: str) -> Selection:
-        """A selection of this model."""
-        return select(self.anatomy, expression)
+from frostline.experiment.bench import (
+    DECAY,
+    N_STEPS,
+    Bench,
+    Claim,
+    Claims,
+    any_gradient,
+    cosine,
+    folded,
+    reached,
+    similarity,
+    three_digits,
+)
+from frostline.experiment.route_claims import ROUTE_CLAIMS
+from frostline.selection import Selection
 
 
 def measure_claims(model: nn.Module, batch: Batch, *, name: str) -> Claims:
@@ -134,7 +39,7 @@ def measure_claims(model: nn.Module, batch: Batch, *, name: str) -> Claims:
 
     The model's weights are the same afterwards. Raises `AnatomyError` for a model that is not understood.
     """
-    bench = _Bench(model, batch)
+    bench = Bench(model, batch)
     try:
         claims = tuple(claim(bench) for claim in CLAIMS)
     finally:
@@ -143,7 +48,7 @@ def measure_claims(model: nn.Module, batch: Batch, *, name: str) -> Claims:
     return Claims(model=name, n_parameters=bench.anatomy.n_parameters, n_tokens=batch.input_ids.numel(), claims=claims)
 
 
-def everything_learns(bench: _Bench) -> Claim:
+def everything_learns(bench: Bench) -> Claim:
     """S3: one backward pass reaches every part, one step moves every part."""
     active = bench.learn("all")
     bench.backward()
@@ -172,7 +77,7 @@ def everything_learns(bench: _Bench) -> Claim:
     )
 
 
-def ffn_alone_can_learn(bench: _Bench) -> Claim:
+def ffn_alone_can_learn(bench: Bench) -> Claim:
     """S5: attention frozen, only the FFN learns, in a standard residual block."""
     active = bench.learn("ffn")
     for _ in range(N_STEPS):
@@ -200,7 +105,7 @@ def ffn_alone_can_learn(bench: _Bench) -> Claim:
     )
 
 
-def gradients_pass_through_frozen_attention(bench: _Bench) -> Claim:
+def gradients_pass_through_frozen_attention(bench: Bench) -> Claim:
     """S4: frozen parts are skipped by the update; gradients still flow through them, unchanged."""
     bench.learn("all")
     bench.backward()
@@ -232,7 +137,7 @@ def gradients_pass_through_frozen_attention(bench: _Bench) -> Claim:
     )
 
 
-def a_zero_gradient_is_no_freeze(bench: _Bench) -> Claim:
+def a_zero_gradient_is_no_freeze(bench: Bench) -> Claim:
     """S4: an optimizer that is given a zero gradient still moves a parameter; one that does not own it does not."""
     attention = bench.select("attn")
     active = bench.learn("attn")
@@ -258,7 +163,7 @@ def a_zero_gradient_is_no_freeze(bench: _Bench) -> Claim:
     )
 
 
-def detached_attention_still_feeds_the_embedding(bench: _Bench) -> Claim:
+def detached_attention_still_feeds_the_embedding(bench: Bench) -> Claim:
     """S7: which parts receive a gradient when attention's output is detached, and how biased it is."""
     bench.learn("all")
     with _embedding_output(bench) as true_embedding:
@@ -268,14 +173,14 @@ def detached_attention_still_feeds_the_embedding(bench: _Bench) -> Claim:
     with _detached_outputs(bench, "attn"), _embedding_output(bench) as cut_embedding:
         cut_loss = bench.backward()
     cut = bench.gradients()
-    with_gradient, without = _reached(bench, cut)
-    layers = [_similarity(bench, f"layers[{i}].ffn", true, cut) for i in bench.layers]
-    embedding = _cosine(true_embedding[0].grad, cut_embedding[0].grad)
+    with_gradient, without = reached(bench, cut)
+    layers = [similarity(bench, f"layers[{i}].ffn", true, cut) for i in bench.layers]
+    embedding = cosine(true_embedding[0].grad, cut_embedding[0].grad)
     embedding_norm = float(cut_embedding[0].grad.norm()) if cut_embedding[0].grad is not None else 0.0
     norm_ratio = [ratio for _, ratio in layers]
     attention = [name for name in with_gradient if ".attn." in name]
-    ffn_reached = all(_any_gradient(bench, f"layers[{i}].ffn", cut) for i in bench.layers)
-    cosines = ", ".join(map(_three_digits, (c for c, _ in layers)))
+    ffn_reached = all(any_gradient(bench, f"layers[{i}].ffn", cut) for i in bench.layers)
+    cosines = ", ".join(map(three_digits, (c for c, _ in layers)))
     return Claim(
         key="S7",
         belief="Detaching attention's output leaves only the FFN learning: embeddings, first norms and everything "
@@ -283,7 +188,7 @@ def detached_attention_still_feeds_the_embedding(bench: _Bench) -> Claim:
         verdict="FALSE for the embedding and earlier FFNs",
         measured=f"The loss is unchanged ({cut_loss:.6f}); every layer's FFN and the embedding still get a gradient, "
         f"through the residual path (norm at the embedding's output {embedding_norm:.2e}). But it is biased: cosine to "
-        f"the true gradient {cosines} for the FFNs, first layer to last, and {_three_digits(embedding)} at the "
+        f"the true gradient {cosines} for the FFNs, first layer to last, and {three_digits(embedding)} at the "
         "embedding.",
         holds=cut_loss == loss and not attention and ffn_reached and embedding_norm > 0,
         numbers={
@@ -294,18 +199,19 @@ def detached_attention_still_feeds_the_embedding(bench: _Bench) -> Claim:
         },
         table=(
             ("part", "gradient with attention's output detached"),
-            *((name, "yes") for name in _folded(with_gradient)),
-            *((name, "none") for name in _folded(without)),
+            *((name, "yes") for name in folded(with_gradient)),
+            *((name, "none") for name in folded(without)),
         ),
     )
 
 
-CLAIMS: tuple[Callable[[_Bench], Claim], ...] = (
+CLAIMS: tuple[Callable[[Bench], Claim], ...] = (
     everything_learns,
     ffn_alone_can_learn,
     gradients_pass_through_frozen_attention,
     a_zero_gradient_is_no_freeze,
     detached_attention_still_feeds_the_embedding,
+    *ROUTE_CLAIMS,
 )
 
 
@@ -321,12 +227,12 @@ def claims_markdown(claims: Claims) -> str:
     return "\n".join(lines)
 
 
-def _moved_elements(bench: _Bench, selection: Selection, before: dict[str, torch.Tensor]) -> int:
+def _moved_elements(bench: Bench, selection: Selection, before: dict[str, torch.Tensor]) -> int:
     return sum(int((take(bench.parameters[s.tensor], s) != take(before[s.tensor], s)).sum()) for s in selection.slices)
 
 
 @contextmanager
-def _captured_inputs(bench: _Bench, part: str) -> Iterator[list[torch.Tensor]]:
+def _captured_inputs(bench: Bench, part: str) -> Iterator[list[torch.Tensor]]:
     """The inputs of a part's module, per layer, as tensors that nothing else uses: their gradient is what the part
     passes back."""
     captured: list[torch.Tensor] = []
@@ -350,7 +256,7 @@ def _captured_inputs(bench: _Bench, part: str) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def _detached_outputs(bench: _Bench, part: str) -> Iterator[None]:
+def _detached_outputs(bench: Bench, part: str) -> Iterator[None]:
     """The output of a part detached, in every layer: at its output projection, because some modules (BLOOM's) add the
     residual after it."""
 
@@ -369,7 +275,7 @@ def _detached_outputs(bench: _Bench, part: str) -> Iterator[None]:
 
 
 @contextmanager
-def _embedding_output(bench: _Bench) -> Iterator[list[torch.Tensor]]:
+def _embedding_output(bench: Bench) -> Iterator[list[torch.Tensor]]:
     """The embedding's output: its gradient leaves out what reaches a tied embedding through the head."""
     captured: list[torch.Tensor] = []
 
@@ -382,47 +288,3 @@ def _embedding_output(bench: _Bench) -> Iterator[list[torch.Tensor]]:
         yield captured
     finally:
         hook.remove()
-
-
-def _reached(bench: _Bench, gradients: dict[str, torch.Tensor]) -> tuple[list[str], list[str]]:
-    """Names of the components with and without a gradient; tied storage goes by the name that owns it."""
-    with_gradient: list[str] = []
-    without: list[str] = []
-    for c in bench.anatomy.components:
-        own = [s for s in c.slices if bench.anatomy.learnable(s) and s.tensor not in bench.anatomy.ties]
-        if own:
-            found = any(s.tensor in gradients and bool(take(gradients[s.tensor], s).any()) for s in own)
-            (with_gradient if found else without).append(c.name)
-    return with_gradient, without
-
-
-def _any_gradient(bench: _Bench, part: str, gradients: dict[str, torch.Tensor]) -> bool:
-    return any(s.tensor in gradients and bool(take(gradients[s.tensor], s).any()) for s in bench.select(part).slices)
-
-
-def _similarity(
-    bench: _Bench, part: str, true: dict[str, torch.Tensor], cut: dict[str, torch.Tensor]
-) -> tuple[float | None, float | None]:
-    """Cosine, and ratio of norms (cut over true), between two gradients of a part; None where one is missing."""
-    slices = bench.select(part).slices
-    a, b = (_flat([take(g[s.tensor], s) for s in slices if s.tensor in g]) for g in (true, cut))
-    return _cosine(a, b), float(b.norm() / a.norm()) if a is not None and b is not None else None
-
-
-def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    return torch.cat([t.reshape(-1).double() for t in tensors]) if tensors else None
-
-
-def _cosine(a: torch.Tensor | None, b: torch.Tensor | None) -> float | None:
-    if a is None or b is None:
-        return None
-    return float(cosine_similarity(a.reshape(-1).double(), b.reshape(-1).double(), dim=0))
-
-
-def _three_digits(number: float | None) -> str:
-    return "none" if number is None else f"{number:.3f}"
-
-
-def _folded(names: Sequence[str]) -> list[str]:
-    """Names with their indices left out, each once."""
-    return list(dict.fromkeys(re.sub(r"\[\d+\]", "", n) for n in names))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from frostline.engine import Observer
 from frostline.errors import RunFolderError
-from frostline.experiment.claims import Claims, claims_to_json, measure_claims
+from frostline.experiment.bench import Claims
+from frostline.experiment.claims import claims_to_json, measure_claims
 from frostline.experiment.corpus import write_corpus
 from frostline.experiment.probe import probe_batch
 from frostline.experiment.samples import Sample, sample_run, samples_to_json
