@@ -91,8 +91,9 @@ class _Trial:
             return "a stop there changes the block's output"
         above = self.above(skip)
         pairs = [(past.at_input, through.at_input, true.at_input, neither.at_input)]
-        pairs += [(past.of[p], through.of[p], true.of[p], neither.of[p]) for p in above]
-        error = max(_difference(a, b, c) for a, b, c, _ in pairs)
+        pairs += [(past.of[p], through.of[p], true.of[p], neither.of[p]) for p in above if p in true.of]
+        largest = max((whole.norm().item() for _, _, whole, _ in pairs if whole is not None), default=0.0)
+        error = max(_difference(a, b, c, least=1e-2 * largest) for a, b, c, _ in pairs)
         if not error <= TOLERANCE:
             return f"the probes contradict it: the gradients past it and beside it differ from the whole by {error:.1g}"
         return "a gradient passes it and its branch by another way" if any(map(_some, (n for *_, n in pairs))) else None
@@ -133,7 +134,7 @@ class _Trial:
             for hook in hooks:
                 hook.remove()
             self.route()
-        output, parameters = returned[-1], list(block.parameters())
+        output, parameters = returned[-1], [p for p in block.parameters() if p.requires_grad]
         if not output.requires_grad:
             return _Gradients(at_input=None, of=dict.fromkeys(parameters), output=output)
         cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
@@ -150,13 +151,13 @@ class _Trial:
         return logits
 
 
-def _difference(a: torch.Tensor | None, b: torch.Tensor | None, whole: torch.Tensor | None) -> float:
-    """‖a + b − whole‖ / ‖whole‖, where None is zero; 0 where the whole is nothing but rounding."""
+def _difference(a: torch.Tensor | None, b: torch.Tensor | None, whole: torch.Tensor | None, *, least: float) -> float:
+    """‖a + b − whole‖ over ‖whole‖ or `least`, what is larger; None is zero."""
     parts = [t for t in (a, b) if t is not None]
     if whole is None:
         return 0.0 if not parts else float("inf")
-    size = whole.norm().item()
-    return (sum(parts, torch.zeros_like(whole)) - whole).norm().item() / size if size > 1e-7 else 0.0
+    size = max(whole.norm().item(), least)
+    return (sum(parts, torch.zeros_like(whole)) - whole).norm().item() / size if size else 0.0
 
 
 def _some(gradient: torch.Tensor | None) -> bool:
