@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from frostline.errors import FrostlineError, PlanError
 
 if TYPE_CHECKING:
     from frostline.anatomy import Anatomy
+    from frostline.run import RunResult
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -231,16 +232,53 @@ def train(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Train as a recipe says, and audit the run."""
-    from frostline.audit import audit_to_json
     from frostline.recipe import load_recipe
     from frostline.run import train as train_run
-    from frostline.terminal import ProgressLines, print_audit
-    from frostline.terminal_plan import print_checks
+    from frostline.terminal import ProgressLines
 
     console = _console(stderr=as_json)
     loaded = load_recipe(recipe, overrides=overrides or [])
     with ProgressLines(console) as progress:
         result = train_run(loaded, out=out, observers=[progress], trust_remote_code=trust_remote_code)
+    _end_of_run(result, console, as_json=as_json)
+
+
+@app.command()
+@errors_for_people
+def resume(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder that was interrupted or killed.", metavar="RUN")],
+    allow_inexact: Annotated[
+        bool, typer.Option("--allow-inexact", help="Go on although software, machine or data differ.")
+    ] = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Go on with a run, to the bytes it would have had without the stop."""
+    from frostline.resume import resume as resume_run
+    from frostline.terminal import ProgressLines
+
+    console = _console(stderr=as_json)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False)
+
+    with ProgressLines(console) as progress:
+        result = resume_run(
+            run_folder,
+            allow_inexact=allow_inexact,
+            observers=[progress],
+            trust_remote_code=trust_remote_code,
+            say=say,
+        )
+    _end_of_run(result, console, as_json=as_json)
+
+
+def _end_of_run(result: RunResult, console: Console, *, as_json: bool) -> NoReturn:
+    """Say how a run ended, and exit accordingly."""
+    from frostline.audit import audit_to_json
+    from frostline.terminal import print_audit
+    from frostline.terminal_plan import print_checks
+
     if as_json:
         _print_json(
             {
@@ -255,7 +293,9 @@ def train(
         print_checks(console, result.checks)
         console.print(f"run folder: {result.folder}", soft_wrap=True, highlight=False)
     if result.state == "interrupted":
-        typer.echo(f"interrupted after step {result.steps}; the run folder is intact", err=True)
+        typer.echo(
+            f"interrupted after step {result.steps}, and saved; go on: frostline resume {result.folder}", err=True
+        )
         raise typer.Exit(INTERRUPTED)
     raise typer.Exit(0 if result.audit.passed else 1)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.audit import Audit, audit
+from frostline.checkpoints import Checkpoints
 from frostline.data import Batch, Document, Rows, encode, read_documents, rows_at, train_byte_bpe
 from frostline.engine import (
     LoopSettings,
@@ -32,6 +33,7 @@ from frostline.engine import (
     train_loop,
 )
 from frostline.engine.recompute import recompute_blocks
+from frostline.engine.run_state import RunState
 from frostline.environment import describe_environment, hash_file
 from frostline.errors import (
     DataError,
@@ -57,6 +59,7 @@ from frostline.plan import (
 )
 from frostline.recipe import Recipe, ScratchModel, TrainedTokenizer, dump_yaml, load_recipe, stage_name
 from frostline.run_folder import RunFolder, State, storage_errors, write_text
+from frostline.saver import Saver
 from frostline.schedule import Schedule, Stage, StepSize, make_groups
 from frostline.selection import Selection, select
 
@@ -105,30 +108,60 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    ready = make_ready(recipe, trust_remote_code=trust_remote_code)
+    folder = start_folder(ready.prepared, out)
+    with folder.locked():
+        return carry_out(ready, folder, observers=observers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """A run that can start: its model in memory."""
+
+    prepared: Prepared
+    model: nn.Module
+    device: torch.device
+    points: Points | None
+    plan: Plan | None
+
+
+def make_ready(recipe: Recipe, *, trust_remote_code: bool = False) -> Ready:
+    """Check a recipe, load its model, plan it; writes nothing. Raises a `FrostlineError`."""
     prepared = prepare(recipe, trust_remote_code=trust_remote_code)
     device = choose_device(recipe)
     model = load_weights(prepared, trust_remote_code=trust_remote_code)
     model.to(device)
     check_it_runs(model, prepared, device)
-    points = points_for(prepared.schedule, model, prepared.anatomy, always=recipe.evidence.flow_every is not None)
+    always = recipe.evidence.flow_every is not None
+    points = points_for(prepared.schedule, model, prepared.anatomy, always=always)
     if recipe.recompute == "blocks":
         recompute_blocks([block for _, block in find_blocks(model)])
     plan = plan_of(prepared, trust_remote_code=trust_remote_code)
-    folder = start_folder(prepared, out)
+    return Ready(prepared=prepared, model=model, device=device, points=points, plan=plan)
+
+
+def carry_out(
+    ready: Ready, folder: RunFolder, *, observers: Sequence[Observer] = (), resumed: RunState | None = None
+) -> RunResult:
+    """Train, from the start or from a state, and audit. The folder is locked by the caller."""
+    prepared, model, recipe = ready.prepared, ready.model, ready.prepared.recipe
     meters = StepMeters(model)
+    saver = Saver(Checkpoints(folder.checkpoints, run=run_name(folder)), recipe.checkpoint)
+    settings = loop_settings(recipe, ready.device, ready.points)
     with stop_on_signal() as stop:
         try:
             done = train_loop(
                 model,
                 prepared.anatomy,
                 prepared.schedule,
-                batches_of(prepared, device),
+                batches_of(prepared, ready.device),
                 next_token_loss,
                 folder=folder,
-                settings=replace(loop_settings(recipe, device, points), watch=meters if plan else None),
-                held_out=held_out_batches(prepared, device),
+                settings=replace(settings, watch=meters if ready.plan else None, save=saver),
+                held_out=held_out_batches(prepared, ready.device),
                 observers=observers,
                 stop=stop,
+                resumed=resumed,
             )
         except NonFiniteError as error:
             save_result(model, prepared.tokenizer, folder)
@@ -137,13 +170,18 @@ def train(
         save_result(model, prepared.tokenizer, folder)
         state: State = "finished" if done.finished else "interrupted"
         folder.write_status(state, step=done.steps)
-        checks = check_plan(plan, meters) if plan else ()
-        if plan:
-            folder.write_json("plan.json", {**plan_to_json(plan), "checks": checks_to_json(checks)})
+        checks = check_plan(ready.plan, meters) if ready.plan else ()
+        if ready.plan:
+            folder.write_json("plan.json", {**plan_to_json(ready.plan), "checks": checks_to_json(checks)})
         verdict = audit(folder.path)
     return RunResult(
         folder=folder.path, state=state, steps=done.steps, checks=checks, anatomy=prepared.anatomy, audit=verdict
     )
+
+
+def run_name(folder: RunFolder) -> str:
+    """What tells a run from every other: the hash of its recipe and its environment as they were written."""
+    return hash_file(folder.path / "environment.json")[:16] + hash_file(folder.recipe)[:16]
 
 
 def plan_of(prepared: Prepared, *, trust_remote_code: bool = False) -> Plan | None:

@@ -14,6 +14,9 @@
       entry-0.safetensors …   the values that a stage starts to train, as they were
       gradients.jsonl         gradient norm per learning piece at sampled steps
       model-files.json        SHA-256 of every file of the saved model
+      flow.jsonl              where gradients go, at sampled steps, when that was measured
+    checkpoints/              where an interrupted run goes on from
+    lock                      held by the process that works on the run
     model/                    the trained model; plain transformers loads it
     claims.json, samples.json, report.html   when they were asked for
 
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -105,6 +109,7 @@ class RunFolder:
         self.gradients = self.evidence / "gradients.jsonl"
         self.flow = self.evidence / "flow.jsonl"
         self.recipe = self.path / "recipe.yaml"
+        self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report.html"
 
     @classmethod
@@ -125,6 +130,16 @@ class RunFolder:
             raise RunFolderError(f"no run folder at {path}")
         if not (folder.path / "schedule.json").exists():
             raise RunFolderError(f"{path} is no run folder: it has no schedule.json")
+        return folder
+
+    @classmethod
+    def open_started(cls, path: str | Path) -> RunFolder:
+        """A run folder that may not have begun to train. Raises `RunFolderError` when it was not made by `train`."""
+        folder = cls(path)
+        if not folder.path.is_dir():
+            raise RunFolderError(f"no run folder at {path}")
+        if not folder.recipe.exists() or not (folder.path / "environment.json").exists():
+            raise RunFolderError(f"{path} is no run that can be resumed: it has no recipe.yaml or environment.json")
         return folder
 
     def entry(self, stage: int) -> Path:
@@ -215,6 +230,60 @@ class RunFolder:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise RunFolderError(f"{path} is not of schema {SCHEMA}, the one this version of Frostline reads")
         return data
+
+    def record_sizes(self) -> dict[str, int]:
+        """How far the records that grow have come: bytes, or numbers of files. They are on disk afterwards."""
+        sizes = {}
+        for path in self._growing():
+            if path.exists():
+                with storage_errors(path), path.open("rb") as file:
+                    os.fsync(file.fileno())
+                sizes[path.relative_to(self.path).as_posix()] = path.stat().st_size
+        sizes["boundaries"] = len(self.read_boundaries())
+        sizes["entries"] = sum(1 for _ in self.evidence.glob("entry-*.safetensors"))
+        return sizes
+
+    def rewind(self, sizes: Mapping[str, int]) -> None:
+        """Take the records back to what they were: what came after is written again. Raises `RunFolderError` when less
+        is there than there was; `{}` takes away everything."""
+        for path in self._growing():
+            wanted = sizes.get(path.relative_to(self.path).as_posix(), 0)
+            there = path.stat().st_size if path.exists() else 0
+            if there < wanted:
+                raise RunFolderError(f"{path} has lost lines: it has {there} bytes and had {wanted} at the checkpoint")
+        for path in self._growing():
+            wanted = sizes.get(path.relative_to(self.path).as_posix(), 0)
+            with storage_errors(path):
+                if path.exists() and wanted:
+                    os.truncate(path, wanted)
+                elif path.exists():
+                    path.unlink()
+        for kind, suffix in (("boundary", "json"), ("entry", "safetensors")):
+            keep = sizes.get({"boundary": "boundaries", "entry": "entries"}[kind], 0)
+            for path in self.evidence.glob(f"{kind}-*.{suffix}"):
+                number = path.stem.rpartition("-")[2]
+                if number.isdigit() and int(number) >= keep:
+                    path.unlink()
+        (self.evidence / "model-files.json").unlink(missing_ok=True)
+        shutil.rmtree(self.model, ignore_errors=True)
+
+    def _growing(self) -> tuple[Path, ...]:
+        return (self.metrics, self.timing, self.endings, self.gradients, self.flow)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process works on this run. Raises `RunFolderError` when one does."""
+        with storage_errors(self.path / "lock"), (self.path / "lock").open("a") as file:
+            try:
+                import fcntl
+            except ImportError:  # not on Windows
+                yield
+                return
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(f"another process is working on {self.path}") from None
+            yield
 
     def append(self, path: Path, row: Mapping[str, Any]) -> None:
         """Append one JSON line."""

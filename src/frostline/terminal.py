@@ -322,7 +322,7 @@ class ProgressLines:
         match event:
             case RunStarted():
                 self.n_steps = event.schedule.n_steps
-                self.progress.update(self.task, total=self.n_steps)
+                self.progress.update(self.task, total=self.n_steps, completed=event.done)
             case StageStarted():
                 self.seconds = 0.0
                 self.console.print(_stage_line(event), highlight=False)

@@ -11,9 +11,11 @@ from frostline.schedule import Schedule, Stage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStarted:
-    """Before the first step."""
+    """Before the first step, or the first one after a resume."""
 
     schedule: Schedule
+    done: int = 0
+    """Steps that were done before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

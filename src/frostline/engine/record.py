@@ -95,6 +95,24 @@ class Recorder:
         self._hashes = [*self._hashes[-1:], hashes]
         self.folder.write_boundary(Boundary(index=index, step=step, hashes=hashes, derived=derived))
 
+    def resume(self, stage: Stage, drifted: tuple[str, ...]) -> None:
+        """Go on in the middle of `stage`, from what the folder holds."""
+        self._hashes = [self.folder.read_boundaries()[-1].hashes]
+        self._drifted = dict.fromkeys(drifted)
+        for sample in self.folder.read_gradients():
+            if sample.stage == stage.index:
+                for name, norm in sample.norms.items():
+                    self._norms.setdefault(name, []).append(norm)
+
+    @property
+    def drifts(self) -> tuple[str, ...]:
+        """Buffers that had to be put back in the stage in progress."""
+        return tuple(self._drifted)
+
+    def learned(self, stage: Stage) -> tuple[Slice, ...]:
+        """Every piece that has learned up to and in `stage`."""
+        return tuple(dict.fromkeys(p for pieces in self.learning[: stage.index + 1] for p in pieces))
+
     def entry(self, stage: Stage) -> None:
         """Keep the values of what `stage` starts to train."""
         tensors = named_tensors(self.model)

@@ -64,10 +64,7 @@ def switch(
         remember(memory, leaving, parameters)
     if stage.spec.state == "reset":
         memory.clear()
-    learning = {s.tensor for s in stage.selection.slices}
-    for name, parameter in parameters.items():
-        parameter.grad = None
-        parameter.requires_grad_(anatomy.storage_name(name) in learning)
+    let_learn(parameters, anatomy, stage)
     name = stage.spec.optimizer.name
     known = [piece for piece, stored in memory.items() if stored.optimizer == name]
     ownership = own(parameters, leaves(stage, known))
@@ -75,6 +72,14 @@ def switch(
     n_restored = restore(memory, optimizer, ownership.owned, name)
     _forget_or_offload(memory, stage, parameters)
     return Active(stage=stage, ownership=ownership, optimizer=optimizer, n_restored=n_restored)
+
+
+def let_learn(parameters: Mapping[str, nn.Parameter], anatomy: Anatomy, stage: Stage) -> None:
+    """Exactly the tensors in which something of the stage's selection lies may have a gradient; none has one yet."""
+    learning = {s.tensor for s in stage.selection.slices}
+    for name, parameter in parameters.items():
+        parameter.grad = None
+        parameter.requires_grad_(anatomy.storage_name(name) in learning)
 
 
 def remember(memory: Memory, active: Active, parameters: Mapping[str, nn.Parameter]) -> None:

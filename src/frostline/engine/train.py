@@ -17,6 +17,7 @@ from frostline.engine.events import Evaluated, Event, Measured, Observer, RunSta
 from frostline.engine.flow import measure_flow
 from frostline.engine.record import Recorder
 from frostline.engine.routes import Points, set_routes
+from frostline.engine.run_state import RunState, capture, reenter
 from frostline.engine.stage_switch import Active, Memory, set_modes, switch
 from frostline.engine.step import Countable, LossFunction, step
 from frostline.errors import NonFiniteError, RecipeError, RouteError
@@ -47,6 +48,8 @@ class LoopSettings:
     """Steps between measurements of where gradients go, from the start of each stage; needs `points`."""
     loss_of: Callable[[Stage], LossFunction] | None = None
     """What each stage minimises, where that is not the loss that is measured."""
+    save: Callable[[int, bool, Callable[[], RunState]], None] | None = None
+    """(steps done, whether a stage just ended, the state on demand) → None; called after every step, and at a stop."""
     watch: Callable[[Active, int], AbstractContextManager[None]] | None = None
     """(stage in progress, its step) → a context around that step that only looks; for measuring."""
 
@@ -72,12 +75,14 @@ def train_loop(
     held_out: Sequence[Countable] = (),
     observers: Sequence[Observer] = (),
     stop: Callable[[], bool] = lambda: False,
+    resumed: RunState | None = None,
 ) -> LoopResult:
     """Train `model` in place through every stage of `schedule`; the evidence goes to `folder`.
 
     Says whether every stage ran to its end, and the steps done: not when `stop` said so at the end of a step. Raises
     `NonFiniteError` before an update that would not be finite, `RecipeError` for a plateau without held-out data. Any
-    module can be trained: `loss` and `batches` decide what a batch is.
+    module can be trained: `loss` and `batches` decide what a batch is. `resumed`: go on from this state, in a model as
+    it was at the start and a folder that was taken back to it.
     """
     if not held_out and any(s.spec.plateau for s in schedule.stages):
         raise RecipeError("a stage ends at a plateau of the held-out loss, but there is no held-out data")
@@ -102,11 +107,36 @@ def train_loop(
         tell(Evaluated(stage=stage, step=done, held_out_loss=value))
         return value
 
-    tell(RunStarted(schedule=schedule))
-    derived = find_derived_buffers(model, batches(0, schedule.stages[0])[0], loss)
-    recorder.boundary(0, step=0, derived=derived)
-    buffers = FrozenBuffers(model, derived)
+    def state() -> RunState:
+        assert active is not None
+        return capture(
+            parameters,
+            active,
+            memory,
+            recorder.learned(active.stage),
+            step=done,
+            endings=tuple(endings),
+            losses=tuple(losses),
+            drifted=recorder.drifts,
+            records=folder.record_sizes(),
+        )
+
     done = 0
+    derived = find_derived_buffers(model, batches(0, schedule.stages[0])[0], loss)
+    if resumed is None:
+        tell(RunStarted(schedule=schedule))
+        recorder.boundary(0, step=0, derived=derived)
+    else:
+        done, endings, losses = resumed.step, list(resumed.endings), list(resumed.losses)
+        schedule = schedule.ended(endings)
+        recorder.lay(schedule)
+        tell(RunStarted(schedule=schedule, done=done))
+        memory = dict(resumed.memory)
+        active = reenter(parameters, anatomy, schedule.stages[resumed.stage], resumed)
+        enter_routes(settings.points, active.stage)
+        recorder.resume(active.stage, resumed.drifted)
+        set_modes(model, active.stage)
+    buffers = FrozenBuffers(model, derived)
     try:
         while done < schedule.n_steps and not stop():
             stage = schedule.at(done)
@@ -138,6 +168,10 @@ def train_loop(
                 endings.append(done)
                 schedule = schedule.ended(endings)
                 tell(_end_stage(schedule, stage.index, recorder, n_skipped=stage.end - done))
+            if settings.save:
+                settings.save(done, len(endings) > stage.index, state)
+        if settings.save and active is not None and done < schedule.n_steps:
+            settings.save(done, True, state)
     finally:
         if active is not None:
             active.ownership.release()

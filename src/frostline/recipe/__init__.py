@@ -3,12 +3,13 @@
 from frostline.recipe.data_spec import DataSpec
 from frostline.recipe.load import load_recipe, recipe_from_dict
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
-from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, RunRateSpec, plain, stage_name
+from frostline.recipe.recipe import CheckpointSpec, EvalSpec, EvidenceSpec, Recipe, RunRateSpec, plain, stage_name
 from frostline.recipe.route_spec import RouteSpec
 from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 from frostline.recipe.yaml_text import dump_yaml
 
 __all__ = [
+    "CheckpointSpec",
     "DataSpec",
     "EvalSpec",
     "EvidenceSpec",

@@ -35,6 +35,18 @@ class RunRateSpec(Record):
     """How the factor falls to zero over the rest of the run."""
 
 
+class CheckpointSpec(Record):
+    """When the state of the run is saved, so that it can go on after a kill. Always also at every stage's end and when
+    a signal stops the run; how often changes nothing about the result."""
+
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints."""
+    minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    """Minutes between checkpoints."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """So many of the newest are kept."""
+
+
 class EvidenceSpec(Record):
     """What is recorded for the audit beside the hashes, which are always recorded."""
 
@@ -76,6 +88,8 @@ class Recipe(Record):
     """Warm-up and decay across the run, in place of the stages' own: `{warmup: 100, decay: cosine}`."""
     eval: EvalSpec = EvalSpec()
     """Held-out loss."""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    """Where the run can go on from."""
     evidence: EvidenceSpec = EvidenceSpec()
     """Records for the audit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,0 +1,142 @@
+"""Everything a run needs to go on as if it had never stopped, as tensors and plain data.
+
+Weights are those of what has learned so far and of nothing else: the rest is the base model's, and the base is verified
+by its recorded hashes. Randomness has no state: it is a function of seed and step. Read `RunState` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from frostline.anatomy import Anatomy, Slice, put, slice_from_json, slice_to_json, take
+from frostline.engine.optimizers import make_optimizer
+from frostline.engine.owned import own
+from frostline.engine.stage_switch import Active, Memory, StoredState, let_learn
+from frostline.schedule import Stage
+
+Tensors = dict[str, dict[str, torch.Tensor]]
+"""File → name → tensor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    """A run after a step, its stage still entered."""
+
+    step: int
+    """Steps done."""
+    stage: int
+    """Index of the stage that was entered last: at its end, the one that is being left."""
+    endings: tuple[int, ...]
+    losses: tuple[float, ...]
+    """Held-out losses of the stage that a plateau looks at."""
+    drifted: tuple[str, ...]
+    """Buffers that the stage has put back."""
+    records: Mapping[str, int]
+    """Record of the run folder → its bytes, or its number of files: what comes after was written later."""
+    leaves: tuple[tuple[Slice, dict[str, Any]], ...]
+    """What the optimizer owns, in its order, each with its state."""
+    memory: Memory
+    """State of what does not learn now, moved away."""
+    weights: Mapping[Slice, torch.Tensor]
+    """Values of every piece that has learned."""
+
+
+def capture(
+    parameters: Mapping[str, nn.Parameter],
+    active: Active,
+    memory: Memory,
+    learned: tuple[Slice, ...],
+    **rest: Any,
+) -> RunState:
+    """The state of a run, copied to the CPU. `rest`: the other fields of `RunState`."""
+    with torch.no_grad():
+        weights = {p: _copy(take(parameters[p.tensor], p)) for p in learned}
+    leaves = tuple((o.piece, _copied(active.optimizer.state_of(o.value))) for o in active.ownership.owned)
+    kept = {p: StoredState(optimizer=s.optimizer, state=_copied(s.state)) for p, s in memory.items()}
+    return RunState(stage=active.stage.index, leaves=leaves, memory=kept, weights=weights, **rest)
+
+
+def reenter(parameters: Mapping[str, nn.Parameter], anatomy: Anatomy, stage: Stage, state: RunState) -> Active:
+    """The stage as it was: weights put in, the same leaves owned in the same order, each with its optimizer state."""
+    with torch.no_grad():
+        for piece, values in state.weights.items():
+            put(parameters[piece.tensor], piece, values.to(parameters[piece.tensor].device))
+    let_learn(parameters, anatomy, stage)
+    ownership = own(parameters, [piece for piece, _ in state.leaves])
+    optimizer = make_optimizer(ownership.owned, stage)
+    for o, (_, stored) in zip(ownership.owned, state.leaves, strict=True):
+        if stored:
+            optimizer.set_state(o.value, {k: _placed(v, o.value.device) for k, v in stored.items()})
+    return Active(
+        stage=stage, ownership=ownership, optimizer=optimizer, n_restored=sum(bool(s) for _, s in state.leaves)
+    )
+
+
+def to_files(state: RunState) -> tuple[Tensors, dict[str, Any]]:
+    """The state as tensors by file, and plain data."""
+    tensors: Tensors = {"weights": {str(i): t for i, t in enumerate(state.weights.values())}, "optimizer": {}}
+    leaves = [_written(p, s, f"leaf{i}", tensors["optimizer"]) for i, (p, s) in enumerate(state.leaves)]
+    memory = [
+        {**_written(p, s.state, f"memory{i}", tensors["optimizer"]), "optimizer": s.optimizer}
+        for i, (p, s) in enumerate(state.memory.items())
+    ]
+    data = {
+        "step": state.step,
+        "stage": state.stage,
+        "endings": list(state.endings),
+        "losses": list(state.losses),
+        "drifted": list(state.drifted),
+        "records": dict(state.records),
+        "weights": [slice_to_json(p) for p in state.weights],
+        "leaves": leaves,
+        "memory": memory,
+    }
+    return tensors, data
+
+
+def from_files(tensors: Tensors, data: Mapping[str, Any]) -> RunState:
+    """The inverse of `to_files`."""
+    optimizer = tensors["optimizer"]
+    return RunState(
+        step=data["step"],
+        stage=data["stage"],
+        endings=tuple(data["endings"]),
+        losses=tuple(data["losses"]),
+        drifted=tuple(data["drifted"]),
+        records=data["records"],
+        weights={slice_from_json(p): tensors["weights"][str(i)] for i, p in enumerate(data["weights"])},
+        leaves=tuple((slice_from_json(r["piece"]), _read(r, optimizer)) for r in data["leaves"]),
+        memory={
+            slice_from_json(r["piece"]): StoredState(optimizer=r["optimizer"], state=_read(r, optimizer))
+            for r in data["memory"]
+        },
+    )
+
+
+def _written(piece: Slice, state: Mapping[str, Any], prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    named = {key: f"{prefix}.{key}" for key, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors.update({name: state[key] for key, name in named.items()})
+    plain = {key: value for key, value in state.items() if key not in named}
+    return {"piece": slice_to_json(piece), "keys": list(state), "tensors": named, "plain": plain}
+
+
+def _read(row: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    return {k: tensors[row["tensors"][k]] if k in row["tensors"] else row["plain"][k] for k in row["keys"]}
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """A tensor where its leaf is; counters (no dimensions) stay where optimizers keep them."""
+    return value.to(device) if isinstance(value, torch.Tensor) and value.dim() else value

@@ -1,0 +1,137 @@
+"""Going on with a run that was killed or interrupted, to the same bytes. Read `resume` first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from frostline.anatomy import fingerprint, take
+from frostline.checkpoints import Checkpoint, Checkpoints, Rejected
+from frostline.engine import Observer
+from frostline.engine.record import cut_pieces, named_tensors
+from frostline.engine.run_state import RunState, from_files
+from frostline.environment import describe_environment
+from frostline.errors import RunFolderError
+from frostline.recipe import load_recipe
+from frostline.run import Ready, RunResult, carry_out, choose_device, make_ready, run_name
+from frostline.run_folder import RunFolder, damaged_records
+
+MATTERS = (
+    "packages",
+    "python",
+    "platform",
+    "device",
+    "device_name",
+    "threads",
+    "float32_matmul_precision",
+    "deterministic_algorithms",
+    "cuda_matmul_allow_tf32",
+    "data",
+    "base",
+)
+"""What of the environment may change a run's numbers."""
+
+
+def resume(
+    run: str | Path,
+    *,
+    allow_inexact: bool = False,
+    observers: Sequence[Observer] = (),
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> RunResult:
+    """Go on from the newest checkpoint that verifies; from the start when none was written yet.
+
+    On the same machine with the same software the run ends with the bytes it would have had without the stop. Raises
+    `RunFolderError` when the run is finished, worked on by another process, or damaged, when every checkpoint is
+    corrupt, or when software, machine or data differ, unless `allow_inexact`. `say`: told what was rejected and what
+    differs.
+    """
+    folder = RunFolder.open_started(run)
+    with folder.locked():
+        status = folder.read_status()
+        if status["state"] == "finished":
+            raise RunFolderError(f"{run} is finished (after step {status['step']}): there is nothing to resume")
+        recipe = load_recipe(folder.recipe)
+        differences = _differences(folder, recipe)
+        if differences and not allow_inexact:
+            raise RunFolderError(
+                "the run would not end with the same bytes, because these differ:\n  "
+                + "\n  ".join(differences)
+                + "\n  Resume all the same with --allow-inexact."
+            )
+        for line in differences:
+            say(f"inexact: {line}")
+        checkpoint = _newest(folder, say)
+        ready = make_ready(recipe, trust_remote_code=trust_remote_code)
+        with damaged_records(folder.path):
+            state = _state(checkpoint, ready, folder) if checkpoint else None
+        folder.rewind(state.records if state else {})
+        folder.write_status("running", step=state.step if state else 0)
+        say(f"going on after step {state.step}" if state else "no checkpoint was written yet: starting again")
+        return carry_out(ready, folder, observers=observers, resumed=state)
+
+
+def _newest(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint | None:
+    checkpoints = Checkpoints(folder.checkpoints, run=run_name(folder))
+    for path in checkpoints.leftovers():
+        say(f"ignored: {path.name}, which a kill left unfinished")
+    found, rejected = checkpoints.newest()
+    for r in rejected:
+        say(f"rejected: {r.path.name}: {r.why}")
+    if found is None and (rejected or _set_aside(folder)):
+        raise RunFolderError(
+            f"{folder.path}: no checkpoint verifies"
+            + (f" ({_listed(rejected)})" if rejected else "")
+            + "; a run never starts again by itself once it has saved something. Train anew in another folder."
+        )
+    return found
+
+
+def _set_aside(folder: RunFolder) -> bool:
+    return folder.checkpoints.is_dir() and any(folder.checkpoints.glob("step-*.corrupt-*"))
+
+
+def _listed(rejected: Sequence[Rejected]) -> str:
+    return "; ".join(f"{r.path.name}: {r.why}" for r in rejected)
+
+
+def _state(checkpoint: Checkpoint, ready: Ready, folder: RunFolder) -> RunState:
+    """The state in a checkpoint, once the model is the one that the run started from. Raises `RunFolderError`."""
+    start = folder.read_boundaries()[0].hashes
+    changed = _changed(ready, start)
+    if changed:
+        raise RunFolderError(
+            f"the base model is not the one this run started from: {', '.join(changed[:5])}"
+            + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        )
+    return from_files({n: checkpoint.tensors(n) for n in ("weights", "optimizer")}, checkpoint.data)
+
+
+def _changed(ready: Ready, start: dict[str, str]) -> list[str]:
+    tensors = named_tensors(ready.model)
+    pieces = cut_pieces(ready.prepared.anatomy, [s.selection for s in ready.prepared.schedule.stages])
+    now = {str(p): fingerprint(take(tensors[p.tensor], p)) for p in pieces}
+    return sorted(n for n in {*now, *start} if now.get(n) != start.get(n))
+
+
+def _differences(folder: RunFolder, recipe: Any) -> list[str]:
+    """What of software, machine and data is not as it was, as `what: old → new`."""
+    then = folder.read_json("environment.json")
+    held_out = recipe.data.held_out if isinstance(recipe.data.held_out, tuple) else ()
+    base = recipe.model if isinstance(recipe.model, str) else None
+    now = describe_environment(device=choose_device(recipe), data=(*recipe.data.train, *held_out), base=base)
+    out = []
+    for key in MATTERS:
+        old, new = _flat(key, then.get(key)), _flat(key, now.get(key))
+        out += [f"{k}: {old.get(k)} → {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    return out
+
+
+def _flat(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {f"{key}.{k}": v for k, v in value.items()}
+    if isinstance(value, list):
+        return {f"{key} {row['path']}": row["sha256"][:12] for row in value}
+    return {key: value}

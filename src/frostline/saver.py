@@ -1,0 +1,33 @@
+"""When a run's state is saved. Read `Saver`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from frostline.checkpoints import Checkpoints
+from frostline.engine.run_state import RunState, to_files
+from frostline.recipe import CheckpointSpec
+
+
+class Saver:
+    """Called after every step; saves when it is due. How often changes nothing about the result of the run."""
+
+    def __init__(self, checkpoints: Checkpoints, spec: CheckpointSpec) -> None:
+        self.checkpoints, self.spec = checkpoints, spec
+        self._saved = 0
+        self._when = time.monotonic()
+
+    def __call__(self, done: int, now: bool, state: Callable[[], RunState]) -> None:
+        """`now`: a stage has ended, or the run stops here. Raises `StorageError`; older checkpoints stay."""
+        if done == self._saved or not (now or self._due(done)):
+            return
+        tensors, data = to_files(state())
+        self.checkpoints.write(done, tensors, data)
+        self.checkpoints.prune(self.spec.keep)
+        self._saved, self._when = done, time.monotonic()
+
+    def _due(self, done: int) -> bool:
+        by_steps = self.spec.every is not None and done % self.spec.every == 0
+        by_time = self.spec.minutes is not None and time.monotonic() - self._when >= 60 * self.spec.minutes
+        return by_steps or by_time
