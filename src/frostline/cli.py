@@ -315,7 +315,7 @@ def audit(
         _print_json(audit_to_json(result))
     else:
         print_audit(_console(), result)
-    raise typer.Exit(0 if result.passed else 1)
+    raise typer.Exit({"passed": 0, "interrupted": INTERRUPTED, "failed": 1}[result.verdict])
 
 
 @app.command()

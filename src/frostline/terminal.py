@@ -217,8 +217,11 @@ def print_audit(console: Console, audit: Audit) -> None:
     for row in audit.failures:
         for detail in row.details:
             console.print(Text(f"  {row.component} (stage {row.stage}): {detail}", style="red"))
-    if audit.passed:
+    if audit.verdict == "passed":
         console.print(Text("AUDIT PASSED: what was asked, and only that, happened.", style="bold green"))
+    elif audit.verdict == "interrupted":
+        text = "INTERRUPTED: what was asked, and only that, happened so far; go on with `frostline resume`."
+        console.print(Text(text, style="bold yellow"))
     else:
         console.print(Text("AUDIT FAILED", style="bold red"))
 

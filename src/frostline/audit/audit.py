@@ -59,6 +59,7 @@ def _audit(folder: RunFolder) -> Audit:
         stages=tuple(s.name for s in stages),
         rows=tuple(rows),
         evidence=tuple(evidence),
+        interrupted=folder.read_status()["state"] == "interrupted",
     )
 
 
@@ -213,6 +214,7 @@ def audit_to_json(result: Audit) -> dict[str, Any]:
     return {
         "run": result.run,
         "passed": result.passed,
+        "verdict": result.verdict,
         "stages": list(result.stages),
         "rows": rows,
         "evidence": [asdict(e) for e in result.evidence],

@@ -6,7 +6,7 @@ import math
 
 from frostline.anatomy import Anatomy, Slice, intersect, reaches_outside, subtract_all
 from frostline.audit.states import States
-from frostline.audit.verdicts import Basis, Evidence, Row
+from frostline.audit.verdicts import RAN_TO_ITS_END, Basis, Evidence, Row
 from frostline.environment import hash_file
 from frostline.errors import FrostlineError, RunFolderError
 from frostline.recipe import StageSpec, load_recipe, stage_name
@@ -60,7 +60,7 @@ def evidence_of(
         rows_that("frozen parts that moved", "FROZEN BUT MOVED"),
         rows_that("learning parts that did not move, without a reason", "LEARNING BUT UNMOVED"),
         Evidence(
-            claim="every stage ran to its end",
+            claim=RAN_TO_ITS_END,
             expected=f"{stages[-1].end} steps",
             measured=f"{step} steps",
             passed=step == stages[-1].end and len(boundaries) == len(stages) + 1,

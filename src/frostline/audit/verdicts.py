@@ -46,6 +46,9 @@ WORST_FIRST: tuple[Verdict, ...] = (
 )
 
 
+RAN_TO_ITS_END = "every stage ran to its end"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One component in one stage."""
@@ -85,6 +88,16 @@ class Audit:
     stages: tuple[str, ...]
     rows: tuple[Row, ...]
     evidence: tuple[Evidence, ...]
+    interrupted: bool = False
+    """Whether the run says that it was stopped and saved."""
+
+    @property
+    def verdict(self) -> Literal["passed", "interrupted", "failed"]:
+        """`interrupted`: nothing is wrong up to where the run was stopped."""
+        if self.passed:
+            return "passed"
+        unfinished = [e.claim for e in self.evidence if not e.passed] == [RAN_TO_ITS_END]
+        return "interrupted" if self.interrupted and unfinished else "failed"
 
     @property
     def passed(self) -> bool:
