@@ -19,6 +19,7 @@ ROWS: dict[str, float] = {
     "terminal_plan": 8.5,
     "generate": 7,
     "resume": 7.5,
+    "export": 7.5,
     "saver": 6,
     "run": 7,
     "learning": 7,

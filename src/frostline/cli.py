@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, ParamSpec, 
 import typer
 from rich.console import Console
 
-from frostline.errors import FrostlineError, PlanError
+from frostline.errors import FrostlineError, ModelError, PlanError
 
 if TYPE_CHECKING:
     from frostline.anatomy import Anatomy
@@ -271,6 +271,35 @@ def resume(
             say=say,
         )
     _end_of_run(result, console, as_json=as_json)
+
+
+@app.command()
+@errors_for_people
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="A finished run folder.", metavar="RUN")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, or with --delta the file.", metavar="OUT")],
+    delta: Annotated[bool, typer.Option("--delta", help="Only what learned, as one small file.")] = False,
+) -> None:
+    """Write a finished run's model as a standard folder with a model card, or what learned as a file."""
+    from frostline.export import export_delta, export_run
+
+    typer.echo(f"written: {(export_delta if delta else export_run)(run_folder, out)}")
+
+
+@app.command()
+@errors_for_people
+def apply(
+    base: Annotated[str, typer.Argument(help="The model the deltas belong to.", metavar="BASE")],
+    deltas: Annotated[list[Path], typer.Argument(help="Files of `export --delta`, then the folder to write.")],
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Put deltas into the base they belong to: frostline apply BASE DELTA… OUT."""
+    from frostline.export import apply_deltas
+
+    *files, out = deltas
+    if not files:
+        raise ModelError("give at least one delta, and then the folder to write: frostline apply BASE DELTA… OUT")
+    typer.echo(f"written: {apply_deltas(base, files, out, trust_remote_code=trust_remote_code)}")
 
 
 def _end_of_run(result: RunResult, console: Console, *, as_json: bool) -> NoReturn:

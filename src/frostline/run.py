@@ -131,6 +131,7 @@ def make_ready(recipe: Recipe, *, trust_remote_code: bool = False) -> Ready:
     device = choose_device(recipe)
     model = load_weights(prepared, trust_remote_code=trust_remote_code)
     model.to(device)
+    check_finite(model, prepared.anatomy)
     check_it_runs(model, prepared, device)
     always = recipe.evidence.flow_every is not None
     points = points_for(prepared.schedule, model, prepared.anatomy, always=always)
@@ -208,6 +209,16 @@ def batching_of(recipe: Recipe, device: torch.device) -> Batching:
         recompute=recipe.recompute == "blocks",
         device="cuda" if device.type == "cuda" else "cpu",
     )
+
+
+def check_finite(model: nn.Module, anatomy: Anatomy) -> None:
+    """Raise `ModelError` naming the parts that hold NaN or infinity: nobody else looks, and frozen ones stay."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    bad = {n for n, p in parameters.items() if p.is_floating_point() and not bool(p.detach().isfinite().all())}
+    parts = [c.name for c in anatomy.components if any(s.tensor in bad for s in c.slices)]
+    if parts:
+        more = f" and {len(parts) - 5} more" if len(parts) > 5 else ""
+        raise ModelError(f"the model's weights are not finite in {', '.join(parts[:5])}{more}")
 
 
 def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) -> None:
@@ -385,6 +396,7 @@ def loop_settings(recipe: Recipe, device: torch.device, points: Points | None = 
     """The recipe's settings that hold for all stages."""
     return LoopSettings(
         points=points,
+        skip_limit=recipe.nonfinite.limit if recipe.nonfinite.policy == "skip" else 0,
         flow_every=recipe.evidence.flow_every or FLOW_EVERY if points else None,
         loss_of=lambda stage: loss_of(stage, points),
         seed=recipe.seed,

@@ -42,6 +42,8 @@ class StepDone:
     """L2 norm over what learns, before clipping."""
     n_targets: int
     seconds: float
+    skipped: bool = False
+    """Whether the update was left out, because loss or gradients were not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

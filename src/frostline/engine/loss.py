@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from frostline.data import Batch
 from frostline.engine.local_loss import local_loss
+from frostline.engine.router_loss import RouterLoss
 from frostline.engine.routes import Points
 from frostline.engine.step import LossFunction
 from frostline.errors import RouteError
@@ -26,6 +27,11 @@ def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def loss_of(stage: Stage, points: Points | None) -> LossFunction:
     """What a stage of a language model minimises. Raises `RouteError` for local losses without `points`."""
+    loss = _language_loss(stage, points)
+    return RouterLoss(loss, stage.spec.moe, stage.selection.anatomy) if stage.spec.moe else loss
+
+
+def _language_loss(stage: Stage, points: Points | None) -> LossFunction:
     if stage.spec.local_loss == "none":
         return next_token_loss
     if points is None:

@@ -90,9 +90,19 @@ class Ownership:
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients down to an L2 norm of `max_norm` over all that learns; returns the norm before."""
+        norm = self.norm()
+        self.scale(max_norm, norm)
+        return norm
+
+    def scale(self, max_norm: float, norm: torch.Tensor) -> None:
+        """Scale the gradients, whose norm is `norm`, down to `max_norm`."""
+        torch.nn.utils.clip_grads_with_norm_([o.value for o in self.owned], max_norm, norm)
+
+    def norm(self) -> torch.Tensor:
+        """The L2 norm of the gradients over all that learns; shape ()."""
         values = [o.value for o in self.owned]
         if not any(o.is_sharded for o in self.owned):
-            return torch.nn.utils.clip_grad_norm_(values, max_norm)
+            return torch.nn.utils.get_total_norm([v.grad for v in values if v.grad is not None])
         sharded = next(o.parameter for o in self.owned if o.is_sharded)
         # one type on all ranks, whatever a rank holds; fp64, because fp32 squares overflow from norms of 1e19 on
         squares = torch.zeros((), dtype=torch.float64, device=local_part(sharded).device)
@@ -101,9 +111,7 @@ class Ownership:
             squares += torch.nn.utils.get_total_norm(gradients).to(squares).square()
         for group in shard_groups(sharded):
             torch.distributed.all_reduce(squares, group=group)
-        norm = squares.sqrt().to(reduce(torch.promote_types, (v.dtype for v in values)))
-        torch.nn.utils.clip_grads_with_norm_(values, max_norm, norm)
-        return norm
+        return squares.sqrt().to(reduce(torch.promote_types, (v.dtype for v in values)))
 
     def release(self) -> None:
         """Remove the hooks."""

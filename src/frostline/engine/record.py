@@ -177,7 +177,12 @@ class Recorder:
                 row = {"step": event.step, "stage": event.stage.name, "loss": event.loss, "lr": event.lr}
                 self.folder.append(
                     self.folder.metrics,
-                    {**row, "gradient_norm": event.gradient_norm, "n_targets": event.n_targets},
+                    {
+                        **row,
+                        "gradient_norm": event.gradient_norm,
+                        "n_targets": event.n_targets,
+                        **({"skipped": True} if event.skipped else {}),
+                    },
                 )
                 self.folder.append(
                     self.folder.timing,

@@ -36,6 +36,8 @@ class RunState:
     """Held-out losses of the stage that a plateau looks at."""
     drifted: tuple[str, ...]
     """Buffers that the stage has put back."""
+    n_skipped: int
+    """Steps in a row, the last one included, whose update was left out."""
     records: Mapping[str, int]
     """Record of the run folder → its bytes, or its number of files: what comes after was written later."""
     leaves: tuple[tuple[Slice, dict[str, Any]], ...]
@@ -91,6 +93,7 @@ def to_files(state: RunState) -> tuple[Tensors, dict[str, Any]]:
         "endings": list(state.endings),
         "losses": list(state.losses),
         "drifted": list(state.drifted),
+        "n_skipped": state.n_skipped,
         "records": dict(state.records),
         "weights": [slice_to_json(p) for p in state.weights],
         "leaves": leaves,
@@ -108,6 +111,7 @@ def from_files(tensors: Tensors, data: Mapping[str, Any]) -> RunState:
         endings=tuple(data["endings"]),
         losses=tuple(data["losses"]),
         drifted=tuple(data["drifted"]),
+        n_skipped=data["n_skipped"],
         records=data["records"],
         weights={slice_from_json(p): tensors["weights"][str(i)] for i, p in enumerate(data["weights"])},
         leaves=tuple((slice_from_json(r["piece"]), _read(r, optimizer)) for r in data["leaves"]),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -23,6 +24,17 @@ class Countable(Protocol):
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 """(model, micro-batch) → the *sum* of the loss over the micro-batch's targets, shape ()."""
+
+
+@runtime_checkable
+class StepLoss(Protocol):
+    """A loss that depends on all micro-batches of its step, and may look at them before the first backward pass."""
+
+    def for_step(
+        self, model: nn.Module, batches: Sequence[Any], replay: Callable[[int], AbstractContextManager[None]]
+    ) -> LossFunction:
+        """The loss of this step. Inside `replay(i)`, micro-batch i is computed with its own dropout and precision."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +60,19 @@ def step(
     Every target weighs the same, however targets are spread over micro-batches. Dropout is a function of `seed` and
     the micro-batch's position. `bf16`: matrix products in bf16 (autocast), weights as they are.
     """
-    n_targets = sum(m.n_targets for m in micro_batches)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for i, micro_batch in enumerate(micro_batches):
+
+    @contextmanager
+    def replay(i: int) -> Iterator[None]:
         torch.manual_seed(derive_seed(seed, "micro-batch", i))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            summed = loss(model, micro_batch)
+            yield
+
+    n_targets = sum(m.n_targets for m in micro_batches)
+    objective = loss.for_step(model, micro_batches, replay) if isinstance(loss, StepLoss) else loss
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for i, micro_batch in enumerate(micro_batches):
+        with replay(i):
+            summed = objective(model, micro_batch)
         if summed.requires_grad:
             (summed / max(n_targets, 1)).backward()
         total += summed.detach()

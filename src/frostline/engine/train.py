@@ -15,6 +15,7 @@ from frostline.anatomy import Anatomy, fingerprint
 from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.events import Evaluated, Event, Measured, Observer, RunStarted, StageEnded, StageStarted, StepDone
 from frostline.engine.flow import measure_flow
+from frostline.engine.nonfinite import find_nonfinite
 from frostline.engine.record import Recorder
 from frostline.engine.routes import Points, set_routes
 from frostline.engine.run_state import RunState, capture, reenter
@@ -48,6 +49,8 @@ class LoopSettings:
     """Steps between measurements of where gradients go, from the start of each stage; needs `points`."""
     loss_of: Callable[[Stage], LossFunction] | None = None
     """What each stage minimises, where that is not the loss that is measured."""
+    skip_limit: int = 0
+    """So many steps in a row that are not finite may be left out; 0: the first one stops the run."""
     save: Callable[[int, bool, Callable[[], RunState]], None] | None = None
     """(steps done, whether a stage just ended, the state on demand) → None; called after every step, and at a stop."""
     watch: Callable[[Active, int], AbstractContextManager[None]] | None = None
@@ -118,16 +121,18 @@ def train_loop(
             endings=tuple(endings),
             losses=tuple(losses),
             drifted=recorder.drifts,
+            n_skipped=n_skipped,
             records=folder.record_sizes(),
         )
 
-    done = 0
+    done, n_skipped = 0, 0
     derived = find_derived_buffers(model, batches(0, schedule.stages[0])[0], loss)
     if resumed is None:
         tell(RunStarted(schedule=schedule))
         recorder.boundary(0, step=0, derived=derived)
     else:
         done, endings, losses = resumed.step, list(resumed.endings), list(resumed.losses)
+        n_skipped = resumed.n_skipped
         schedule = schedule.ended(endings)
         recorder.lay(schedule)
         tell(RunStarted(schedule=schedule, done=done))
@@ -155,7 +160,11 @@ def train_loop(
                 set_modes(model, stage)
             objective = settings.loss_of(stage) if settings.loss_of else loss
             with settings.watch(active, done - stage.start) if settings.watch else nullcontext():
-                event = _one_step(model, active, schedule, batches(done, stage), objective, recorder, settings, at=done)
+                micro_batches, may_skip = batches(done, stage), n_skipped < settings.skip_limit
+                event = _one_step(
+                    model, active, schedule, micro_batches, objective, recorder, settings, at=done, may_skip=may_skip
+                )
+            n_skipped = n_skipped + 1 if event.skipped else 0
             tell(event)
             recorder.drifted(buffers.restore())
             done += 1
@@ -215,30 +224,39 @@ def _one_step(
     settings: LoopSettings,
     *,
     at: int,
+    may_skip: bool,
 ) -> StepDone:
     started = time.perf_counter()
     stage, ownership, optimizer = active.stage, active.ownership, active.optimizer
     seed = derive_seed(settings.seed, "step", at)
     computed = step(model, micro_batches, loss, seed=seed, device=settings.device, bf16=settings.bf16)
-    recorder.gradients(stage, at + 1, ownership)
-    norm = ownership.clip(stage.spec.clip or math.inf).item()
-    value = computed.loss.item()
-    if not (math.isfinite(value) and math.isfinite(norm)):
+    value, norm = computed.loss.item(), ownership.norm()
+    finite = math.isfinite(value) and bool(norm.isfinite())
+    if not finite and not may_skip:
+        bf16, device = settings.bf16, settings.device
+        where = find_nonfinite(
+            model, stage.selection, ownership, micro_batches, loss, seed=seed, device=device, bf16=bf16
+        )
         raise NonFiniteError(
-            f"step {at + 1} (stage {stage.name}): loss {value}, gradient norm {norm}; stopped before the update"
+            f"step {at + 1} (stage {stage.name}): loss {value}, gradient norm {norm.item()}; stopped before the "
+            f"update; {where}"
         )
     lr = optimizer.set_rate(schedule.rate_at(at))
-    optimizer.step()
-    ownership.write_back()
+    if finite:
+        recorder.gradients(stage, at + 1, ownership)
+        ownership.scale(stage.spec.clip or math.inf, norm)
+        optimizer.step()
+        ownership.write_back()
     optimizer.zero_grad()
     return StepDone(
         stage=stage,
         step=at + 1,
         loss=value,
         lr=lr,
-        gradient_norm=norm,
+        gradient_norm=norm.item(),
         n_targets=computed.n_targets,
         seconds=time.perf_counter() - started,
+        skipped=not finite,
     )
 
 

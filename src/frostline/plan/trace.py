@@ -22,7 +22,7 @@ from frostline.engine import Points, loss_of, set_routes, step
 from frostline.engine.optimizers import FOREIGN, state_bytes
 from frostline.engine.recompute import recomputing
 from frostline.engine.stage_switch import Active, set_modes, switch
-from frostline.engine.step import LossFunction
+from frostline.engine.step import LossFunction, StepLoss
 from frostline.engine.train import enter_routes
 from frostline.plan.cuda import cuda_kernels
 from frostline.plan.meter import KINDS, Device, Kind, Meter
@@ -133,7 +133,7 @@ def trace_stage(
         for _ in range(2):  # the optimizer makes its state in the first
             meter.flops.clear()
             meter.peak_bytes = meter.live_bytes
-            step(model, batches, watch.loss, seed=0, device=CPU, bf16=bf16)
+            step(model, batches, watch, seed=0, device=CPU, bf16=bf16)
             gradients = sum(o.value.grad.nbytes for o in active.ownership.owned if o.value.grad is not None)
             unreached = _parts(anatomy, [o.piece for o in active.ownership.owned if o.value.grad is None])
             meter.numbers_only_scale = True
@@ -165,17 +165,23 @@ class _Watch:
     """Looks at the meter at three moments of a micro-batch: before, where learning begins, and before its backward."""
 
     def __init__(self, meter: Meter, n_vocabulary: int, loss: LossFunction) -> None:
-        self.meter, self.n_vocabulary, self._loss = meter, n_vocabulary, loss
+        self.meter, self.n_vocabulary, self._loss, self._of_step = meter, n_vocabulary, loss, loss
         self.alive: list[int] = []
         self.logits: list[int] = []
         self.prefix_flops = 0
         self.entering_bytes = 0
         self._flops_before = 0
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+    def for_step(self, model: nn.Module, batches: Sequence[Any], replay: Any) -> LossFunction:
+        """The engine's loss of one step, watched; what it looks at first counts as the step's."""
+        loss = self._loss
+        self._of_step = loss.for_step(model, batches, replay) if isinstance(loss, StepLoss) else loss
+        return self
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The engine's loss, watched."""
         before, self._flops_before = self.meter.live_bytes, self.meter.total_flops
-        loss = self._loss(model, batch)
+        loss = self._of_step(model, batch)
         self.alive.append(self.meter.live_bytes - before)
         self.logits.append(self.meter.alive_over(self.n_vocabulary))
         return loss

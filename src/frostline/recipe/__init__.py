@@ -3,6 +3,7 @@
 from frostline.recipe.data_spec import DataSpec
 from frostline.recipe.load import load_recipe, recipe_from_dict
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
+from frostline.recipe.moe_spec import MoeSpec
 from frostline.recipe.recipe import CheckpointSpec, EvalSpec, EvidenceSpec, Recipe, RunRateSpec, plain, stage_name
 from frostline.recipe.route_spec import RouteSpec
 from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
@@ -13,6 +14,7 @@ __all__ = [
     "DataSpec",
     "EvalSpec",
     "EvidenceSpec",
+    "MoeSpec",
     "OptimizerSpec",
     "PlateauSpec",
     "Recipe",

@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from frostline.recipe.data_spec import DataSpec
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
+from frostline.recipe.moe_spec import MoeSpec
 from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, RunRateSpec
 from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 
@@ -21,6 +22,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("each of `stages:`", StageSpec),
     ("`optimizer:` of a stage", OptimizerSpec),
     ("`plateau:` of a stage", PlateauSpec),
+    ("`moe:` of a stage", MoeSpec),
     ("`lr_across:`", RunRateSpec),
     ("`eval:`", EvalSpec),
     ("`evidence:`", EvidenceSpec),

@@ -47,6 +47,16 @@ class CheckpointSpec(Record):
     """So many of the newest are kept."""
 
 
+class NonFiniteSpec(Record):
+    """What happens when a loss or a gradient is not finite; the update never does."""
+
+    policy: Literal["halt", "skip"] = "halt"
+    """`halt`: the run stops before the update and says where it began. `skip`: the step changes nothing, optimizer
+    state included, and is counted."""
+    limit: Annotated[int, Field(ge=1)] = 3
+    """At most so many steps in a row are skipped; the next one halts the run."""
+
+
 class EvidenceSpec(Record):
     """What is recorded for the audit beside the hashes, which are always recorded."""
 
@@ -88,6 +98,8 @@ class Recipe(Record):
     """Warm-up and decay across the run, in place of the stages' own: `{warmup: 100, decay: cosine}`."""
     eval: EvalSpec = EvalSpec()
     """Held-out loss."""
+    nonfinite: NonFiniteSpec = NonFiniteSpec()
+    """NaN and infinity."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """Where the run can go on from."""
     evidence: EvidenceSpec = EvidenceSpec()

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic.types import Strict
 
 from frostline.recipe.base import Record
+from frostline.recipe.moe_spec import MoeSpec
 from frostline.recipe.route_spec import RouteSpec
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -117,6 +118,8 @@ class StageSpec(Record):
     """Where gradients stop, and which residual connections are left out: `[{stop: attn.out, layers: "0:4"}]`."""
     local_loss: Literal["none", "shared"] = "none"
     """`shared`: the loss of every block's output, through the final norm and the head, is added to the model's own."""
+    moe: MoeSpec | None = None
+    """Balancing losses of a mixture of experts, added to the loss: `{balance: 0.01, z: 0.001}`."""
     frozen_dropout: Literal["off", "on"] = "off"
     """`off`: modules of which nothing learns run as in evaluation, without dropout."""
 

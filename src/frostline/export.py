@@ -1,0 +1,251 @@
+"""What a run leaves to others: a standard model folder with a card, or a small file of what learned.
+
+A delta holds the values of every piece that learned, and the hashes of the base it belongs to; `apply_deltas` verifies
+the base and puts any number of them in, as long as no two hold the same element. Read `export_run` first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from frostline.anatomy import (
+    Slice,
+    fingerprint,
+    intersect,
+    put,
+    reaches_outside,
+    refine,
+    slice_from_json,
+    slice_to_json,
+    take,
+)
+from frostline.audit import audit
+from frostline.engine.record import named_tensors
+from frostline.errors import FrostlineError, ModelError, RunFolderError
+from frostline.model import Weights, load_model, load_tokenizer, save_model, untie
+from frostline.recipe import ScratchModel, load_recipe
+from frostline.run_folder import RunFolder, damaged_records, storage_errors, write_text
+from frostline.units import format_count
+
+
+def export_run(run: str | Path, out: str | Path) -> Path:
+    """Copy a finished run's model to a new folder with a model card; plain transformers loads it.
+
+    Raises `RunFolderError` when the run is not finished, its audit fails, or `out` is not empty.
+    """
+    folder, target = _finished(run), _new_folder(out)
+    verdict = audit(folder.path)
+    if not verdict.passed:
+        raise RunFolderError(f"{run}: its audit fails, so it is not exported; see `frostline audit {run}`")
+    with storage_errors(target):
+        shutil.copytree(folder.model, target, dirs_exist_ok=True)
+    write_text(target / "README.md", model_card(folder))
+    return target
+
+
+def export_delta(run: str | Path, out: str | Path) -> Path:
+    """Write what learned in a finished run, and moved, as one safetensors file. Raises as `export_run`."""
+    folder, target = _finished(run), Path(out)
+    if target.exists():
+        raise RunFolderError(f"{out} exists; an export never overwrites")
+    if not audit(folder.path).passed:
+        raise RunFolderError(f"{run}: its audit fails, so it is not exported; see `frostline audit {run}`")
+    boundaries, recipe = folder.read_boundaries(), load_recipe(folder.recipe)
+    learned = {str(p): p for s in folder.read_schedule() for p in s.learning}
+    first, last = boundaries[0].hashes, boundaries[-1].hashes
+    moved = {name: p for name, p in learned.items() if first[name] != last[name]}
+    weights = Weights(folder.model, names={p.tensor for p in moved.values()})
+    tensors = {name: take(weights[p.tensor], p).contiguous().clone() for name, p in moved.items()}
+    head = {
+        "schema": 1,
+        "pieces": {name: slice_to_json(p) for name, p in moved.items()},
+        "base": [
+            {**slice_to_json(p), "sha256": first[str(p)]}
+            for p in _pieces(folder)
+            if p.tensor not in boundaries[0].derived
+        ],
+        "untied": recipe.ties == "untie",
+        "model": recipe.model if isinstance(recipe.model, str) else None,
+    }
+    with storage_errors(target):
+        save_file(tensors, target, metadata={"frostline_delta": json.dumps(head)})
+    return target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """One delta file, read."""
+
+    path: Path
+    values: dict[Slice, torch.Tensor]
+    base: dict[Slice, str]
+    """Piece → its hash in the model that the delta belongs to."""
+    untied: bool
+
+
+def read_delta(path: str | Path) -> Delta:
+    """Read a delta file; executes nothing. Raises `ModelError` when it is none, or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {})["frostline_delta"])
+            values = {slice_from_json(p): file.get_tensor(name) for name, p in head["pieces"].items()}
+        if head["schema"] != 1 or any(t.shape != p.shape for p, t in values.items()):
+            raise ValueError("its pieces do not have the shapes it says")
+        return Delta(
+            path=Path(path),
+            values=values,
+            base={slice_from_json(row): row["sha256"] for row in head["base"]},
+            untied=bool(head["untied"]),
+        )
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is no readable delta of a run: {error}") from None
+
+
+def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Put deltas into the base they belong to, and save the model folder `out`.
+
+    Raises `ModelError` when the base is another one, when two deltas hold the same element, or one is damaged.
+    """
+    target = _new_folder(out)
+    read = [read_delta(d) for d in deltas]
+    _check_apart(read)
+    model = load_model(base, trust_remote_code=trust_remote_code)
+    if len({d.untied for d in read}) > 1:
+        raise ModelError(
+            "some of the deltas belong to a model whose head was given weights of its own, and some do not"
+        )
+    if read[0].untied:
+        untie(model)
+    for delta in read:
+        _check_base(model, base, delta)
+    tensors = named_tensors(model)
+    with torch.no_grad():
+        for delta in read:
+            for piece, values in delta.values.items():
+                put(tensors[piece.tensor], piece, values)
+    with storage_errors(target):
+        save_model(model, _tokenizer_of(base), target)
+    return target
+
+
+def _check_apart(deltas: Sequence[Delta]) -> None:
+    for i, first in enumerate(deltas):
+        for second in deltas[i + 1 :]:
+            for a in first.values:
+                for b in (p for p in second.values if p.tensor == a.tensor):
+                    if intersect(a, b) is not None:
+                        raise ModelError(
+                            f"{first.path} and {second.path} both hold elements of {a.tensor}: apply one of them"
+                        )
+
+
+def _check_base(model: nn.Module, base: str, delta: Delta) -> None:
+    tensors = named_tensors(model)
+    wrong = [
+        str(piece)
+        for piece, expected in delta.base.items()
+        if piece.tensor not in tensors
+        or reaches_outside(piece, tuple(tensors[piece.tensor].shape))
+        or fingerprint(take(tensors[piece.tensor], piece)) != expected
+    ]
+    if wrong:
+        raise ModelError(
+            f"{base} is not the model that {delta.path} belongs to: {len(wrong)} of {len(delta.base)} pieces differ "
+            f"({', '.join(wrong[:3])})"
+        )
+
+
+def _pieces(folder: RunFolder) -> tuple[Slice, ...]:
+    """Every piece that a run's hashes are of."""
+    anatomy = folder.read_anatomy()
+    pieces = [s for c in anatomy.components for s in c.slices if s.tensor not in anatomy.ties]
+    for stage in folder.read_schedule():
+        pieces = [*refine(pieces, stage.learning)]
+    return tuple(pieces)
+
+
+def _tokenizer_of(base: str) -> Any:
+    try:
+        return load_tokenizer(base)
+    except ModelError:
+        return None
+
+
+def _finished(run: str | Path) -> RunFolder:
+    folder = RunFolder.open(run)
+    state = folder.read_status()["state"]
+    if state != "finished":
+        hint = f"; go on with `frostline resume {run}`" if state in ("interrupted", "running") else ""
+        raise RunFolderError(f"{run} is not finished ({state}), so there is nothing to export{hint}")
+    if not folder.model.is_dir():
+        raise RunFolderError(f"{run} holds no model")
+    return folder
+
+
+def _new_folder(out: str | Path) -> Path:
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunFolderError(f"{out} exists and is not empty; an export never overwrites")
+    return target
+
+
+def model_card(folder: RunFolder) -> str:
+    """What was trained from what, what learned and when, and what the audit says; as Markdown."""
+    with damaged_records(folder.path, FrostlineError):
+        anatomy, recipe = folder.read_anatomy(), load_recipe(folder.recipe)
+        environment, verdict = folder.read_json("environment.json"), audit(folder.path)
+        stages = folder.read_schedule()
+    scratch = isinstance(recipe.model, ScratchModel)
+    name = "initial weights from the seed" if scratch else f"`{Path(str(recipe.model)).name}`"
+    hashes = [f"| `{Path(f['path']).name}` | `{f['sha256']}` |" for f in environment["base"]]
+    files = ["", "| file of the base | SHA-256 |", "|---|---|", *hashes] if hashes else []
+    rows = [f"| {s.name} | `{_cell(s.learn)}` | {format_count(s.n_learning)} | {s.end - s.start} |" for s in stages]
+    checks = [f"- {e.claim}: {e.measured}" for e in verdict.evidence]
+    removed = [s.name for s in stages if any(r.get("remove") for r in s.settings.get("routes", ()))]
+    warning = (
+        [
+            "",
+            f"**In stage {', '.join(removed)} residual connections were left out of the forward pass; this folder's "
+            "model has them, so it computes another function than the one that was trained.**",
+        ]
+        if removed
+        else []
+    )
+    return "\n".join(
+        [
+            f"# {anatomy.model_type}, {format_count(anatomy.n_parameters)} parameters, trained with Frostline",
+            "",
+            f"Base: {name}.",
+            *files,
+            "",
+            "| stage | what learned | parameters | steps |",
+            "|---|---|---|---|",
+            *rows,
+            *warning,
+            "",
+            f"Audit: {verdict.verdict}.",
+            "",
+            *checks,
+            "",
+            "The recipe:",
+            "",
+            "```yaml",
+            folder.recipe.read_text(encoding="utf-8").rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
