@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-oldest lint format types check lock clean help
+.PHONY: demo test test-all soak test-oldest lint format types check lock clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -28,6 +28,10 @@ test-oldest: ## the core suite on the oldest supported transformers
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.14.0 -e '.[dev]'
 	$(OLDEST)/bin/python -m pytest -m "not slow" --ignore tests/anatomy/test_all_types.py --ignore tests/anatomy/test_slice_proof.py --ignore tests/anatomy/test_layouts.py
+
+soak: $(STAMP) ## one demo-sized run killed 100 times, against the same run left alone
+	rm -rf runs/soak
+	$(BIN)/python benchmarks/soak.py runs/soak --kills 100
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

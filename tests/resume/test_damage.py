@@ -1,0 +1,239 @@
+"""Damage, foreign files, full disks, other software: said aloud, nothing lost, never guessed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from frostline import audit, checkpoints, train
+from frostline.cli import app
+from frostline.engine import StepDone
+from frostline.errors import RunFolderError, StorageError
+from frostline.recipe import Recipe
+from frostline.resume import resume
+from frostline.run_folder import RunFolder
+
+STAGES = [
+    {"name": "joint", "learn": "all", "steps": 5, "lr": 3e-3},
+    {"name": "ffn", "learn": "ffn", "steps": 4, "lr": 3e-3},
+]
+
+
+def recipe(folder: Path) -> Recipe:
+    saved = {"every": 2, "minutes": None, "keep": 3}
+    return tiny.recipe(folder, stages=STAGES, checkpoint=saved, eval={"batches": 1})
+
+
+def stop_after(step: int) -> Callable[[object], None]:
+    """Send this process a SIGTERM, as a scheduler does."""
+
+    def look(event: object) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return look
+
+
+def digests(run: Path) -> dict[str, str]:
+    names = ["metrics.jsonl", "endings.jsonl", "evidence/gradients.jsonl", "model/model.safetensors"]
+    return {n: hashlib.sha256((run / n).read_bytes()).hexdigest() for n in names}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `whole`, a finished run, and `cut`, the same one stopped after step 7."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(recipe(folder), out=folder / "whole")
+    result = train(recipe(folder), out=folder / "cut", observers=[stop_after(7)])
+    assert (result.state, result.steps) == ("interrupted", 7)
+    return folder
+
+
+@pytest.fixture
+def cut(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run."""
+    shutil.copytree(stopped / "cut", tmp_path / "cut")
+    return tmp_path / "cut"
+
+
+def newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("step-?????????"))[-1]
+
+
+def test_a_stopped_run_is_audited_as_interrupted_and_says_how_to_go_on(cut: Path, stopped: Path) -> None:
+    assert audit(cut).verdict == "interrupted"
+    shown = CliRunner().invoke(app, ["audit", str(cut)])
+    assert (shown.exit_code, "frostline resume" in shown.output) == (75, True)
+    done = CliRunner().invoke(app, ["resume", str(cut)])
+    assert done.exit_code == 0, done.output
+    assert "going on after step 7" in done.output
+    assert digests(cut) == digests(stopped / "whole")
+    again = CliRunner().invoke(app, ["resume", str(cut)])
+    assert (again.exit_code, "is finished" in again.output) == (2, True)
+
+
+def test_only_so_many_checkpoints_are_kept(cut: Path) -> None:
+    assert [p.name for p in sorted((cut / "checkpoints").iterdir())] == [f"step-{k:09d}" for k in (5, 6, 7)]
+
+
+FILES = ["weights.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, empty, Path.unlink])
+def test_a_damaged_checkpoint_is_set_aside_aloud_and_the_one_before_taken(
+    cut: Path, stopped: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    damage(newest(cut) / file)
+    said: list[str] = []
+    resume(cut, say=said.append)
+    assert any("rejected: step-000000007.corrupt" in line for line in said), said
+    assert "going on after step 6" in said
+    assert digests(cut) == digests(stopped / "whole")
+    assert list((cut / "checkpoints").glob("*.corrupt-*"))
+
+
+def test_a_checkpoint_of_another_run_or_with_a_foreign_file_is_refused(cut: Path) -> None:
+    manifest = json.loads((newest(cut) / "MANIFEST.json").read_text())
+    (newest(cut) / "MANIFEST.json").write_text(json.dumps(manifest | {"run": "another"}))
+    six = newest(cut).with_name("step-000000006")
+    (six / "extra.pkl").write_bytes(b"cos\nsystem\n.")
+    said: list[str] = []
+    resume(cut, say=said.append)
+    assert any("belongs to another run" in line for line in said)
+    assert any("extra.pkl" in line for line in said)
+    assert "going on after step 5" in said
+
+
+def test_when_no_checkpoint_verifies_nothing_is_started_again_silently(cut: Path) -> None:
+    for path in (cut / "checkpoints").iterdir():
+        flip_a_bit(path / "weights.safetensors")
+    for _ in range(2):  # the second time they are set aside already
+        with pytest.raises(RunFolderError, match="no checkpoint verifies"):
+            resume(cut)
+
+
+def test_what_a_kill_left_unfinished_is_ignored_and_reported(cut: Path, stopped: Path) -> None:
+    shutil.copytree(newest(cut), cut / "checkpoints" / "step-000000008.tmp-abcd")
+    said: list[str] = []
+    resume(cut, say=said.append)
+    assert any("ignored: step-000000008.tmp-abcd" in line for line in said)
+    assert digests(cut) == digests(stopped / "whole")
+
+
+def test_killed_before_the_first_checkpoint_it_starts_again_and_says_so(cut: Path, stopped: Path) -> None:
+    shutil.rmtree(cut / "checkpoints")
+    RunFolder(cut).write_status("running", step=0)
+    said: list[str] = []
+    resume(cut, say=said.append)
+    assert said == ["no checkpoint was written yet: starting again"]
+    assert digests(cut) == digests(stopped / "whole")
+
+
+def test_two_processes_never_work_on_one_run(cut: Path) -> None:
+    with RunFolder(cut).locked(), pytest.raises(RunFolderError, match="another process is working"):
+        resume(cut)
+
+
+def test_changed_data_are_refused_with_old_and_new(tmp_path: Path) -> None:
+    train(recipe(tmp_path), out=tmp_path / "cut", observers=[stop_after(6)])
+    text = next(p for p in tmp_path.iterdir() if p.suffix == ".txt")
+    text.write_text(text.read_text() + " and one more word")
+    with pytest.raises(RunFolderError, match=r"data .*→[\s\S]*--allow-inexact"):
+        resume(tmp_path / "cut")
+    said: list[str] = []
+    assert resume(tmp_path / "cut", allow_inexact=True, say=said.append).state == "finished"
+    assert any(line.startswith("inexact: data") for line in said)
+
+
+def test_other_versions_and_threads_are_refused_by_name(cut: Path) -> None:
+    path = cut / "environment.json"
+    environment = json.loads(path.read_text())
+    environment["threads"] += 1
+    environment["packages"]["torch"] = "1.0"
+    path.write_text(json.dumps(environment))
+    with pytest.raises(RunFolderError, match=r"packages\.torch: 1\.0 → 2[\s\S]*threads: \d+ → \d+"):
+        resume(cut)
+
+
+def test_records_that_lost_lines_are_an_error(cut: Path) -> None:
+    cut_short(cut / "metrics.jsonl")
+    with (cut / "metrics.jsonl").open("r+b") as file:
+        file.truncate(10)
+    with pytest.raises(RunFolderError, match="has lost lines"):
+        resume(cut)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_disk_that_fails_ends_the_run_with_a_message_and_loses_nothing(
+    tmp_path: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    calls = [0]
+    original: Callable[[Path], None] = checkpoints._sync
+
+    def fail(path: Path) -> None:
+        calls[0] += 1
+        if calls[0] > 12:
+            raise OSError(number, os.strerror(number))
+        original(path)
+
+    monkeypatch.setattr(checkpoints, "_sync", fail)
+    with pytest.raises(StorageError, match="cannot write"):
+        train(recipe(tmp_path), out=tmp_path / "run")
+    monkeypatch.undo()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp-*"))
+    assert resume(tmp_path / "run").state == "finished"
+    assert digests(tmp_path / "run") == digests(stopped / "whole")
+
+
+def test_too_little_space_is_noticed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore
+    with pytest.raises(StorageError, match="are free"):
+        train(recipe(tmp_path), out=tmp_path / "run")
+
+
+def test_a_symbolic_link_in_place_of_a_checkpoint_is_never_followed(cut: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.move(newest(cut), moved)
+    (cut / "checkpoints" / "step-000000007").symlink_to(moved)
+    said: list[str] = []
+    resume(cut, say=said.append)
+    assert "going on after step 6" in said
+    assert moved.exists()
+
+
+def test_settings_of_resume_can_be_read_from_any_folder(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cut)
+    assert resume(".").state == "finished"
+
+
+def test_no_run_and_no_folder_are_said(tmp_path: Path) -> None:
+    for folder, message in ((tmp_path / "nothing", "no run folder"), (tmp_path, "no run that can be resumed")):
+        with pytest.raises(RunFolderError, match=message):
+            resume(folder)
