@@ -32,6 +32,7 @@ from frostline.engine import (
     set_routes,
     train_loop,
 )
+from frostline.engine.load_log import log_load
 from frostline.engine.recompute import recompute_blocks
 from frostline.engine.run_state import RunState
 from frostline.environment import describe_environment, hash_file
@@ -149,7 +150,8 @@ def carry_out(
     meters = StepMeters(model)
     saver = Saver(Checkpoints(folder.checkpoints, run=run_name(folder)), recipe.checkpoint)
     settings = loop_settings(recipe, ready.device, ready.points)
-    with stop_on_signal() as stop:
+    balanced = any(s.spec.moe for s in prepared.schedule.stages)
+    with stop_on_signal() as stop, log_load(model, prepared.anatomy, folder, wanted=balanced) as logs:
         try:
             done = train_loop(
                 model,
@@ -160,7 +162,7 @@ def carry_out(
                 folder=folder,
                 settings=replace(settings, watch=meters if ready.plan else None, save=saver),
                 held_out=held_out_batches(prepared, ready.device),
-                observers=observers,
+                observers=[*observers, *logs],
                 stop=stop,
                 resumed=resumed,
             )
@@ -286,7 +288,7 @@ def make_schedule(recipe: Recipe, selections: Sequence[Selection], *, n_rows: in
     try:
         schedule = Schedule.of(named, step_size=size, across=recipe.lr_across)
     except RouteError as error:
-        raise RecipeError(f"routes: {error}") from None
+        raise RecipeError(str(error)) from None
     for stage in schedule.stages:
         if stage.spec.warmup >= stage.n_steps:
             raise RecipeError(
@@ -303,7 +305,9 @@ def check_routes(skeleton: nn.Module, anatomy: Anatomy, schedule: Schedule) -> N
     try:
         points = points_for(schedule, skeleton, anatomy)
     except RouteError as error:
-        raise RecipeError(str(error)) from None
+        wanting = next(s for s in schedule.stages if s.routes or s.spec.local_loss != "none")
+        at = next((s for s in schedule.stages if s.spec.local_loss != "none"), wanting)
+        raise RecipeError(f"stages[{at.index}]: {error}") from None
     for stage in schedule.stages if points else ():
         try:
             set_routes(points, stage.routes)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@
       gradients.jsonl         gradient norm per learning piece at sampled steps
       model-files.json        SHA-256 of every file of the saved model
       flow.jsonl              where gradients go, at sampled steps, when that was measured
+      load.jsonl              tokens that each expert got, per step, when a stage has balancing losses
     checkpoints/              where an interrupted run goes on from
     lock                      held by the process that works on the run
     model/                    the trained model; plain transformers loads it
@@ -108,6 +109,7 @@ class RunFolder:
         self.endings = self.path / "endings.jsonl"
         self.gradients = self.evidence / "gradients.jsonl"
         self.flow = self.evidence / "flow.jsonl"
+        self.load = self.evidence / "load.jsonl"
         self.recipe = self.path / "recipe.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report.html"
@@ -268,7 +270,7 @@ class RunFolder:
         shutil.rmtree(self.model, ignore_errors=True)
 
     def _growing(self) -> tuple[Path, ...]:
-        return (self.metrics, self.timing, self.endings, self.gradients, self.flow)
+        return (self.metrics, self.timing, self.endings, self.gradients, self.flow, self.load)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

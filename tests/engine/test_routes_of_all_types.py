@@ -1,4 +1,4 @@
-"""Every decoder-only type in a tiny size: its points are found and tried, or refused with a reason; stops change no bit."""
+"""Every decoder-only type, tiny: its points are found and tried, or refused with a reason; stops change no bit."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, Literal
@@ -93,9 +94,10 @@ def prove(config: Any, *, seed: int = 0) -> Proof:
 def tiny_model(config: Any, *, seed: int = 0) -> nn.Module:
     """A model in fp32 with the flags of `config`, small enough to probe. Raises `AnatomyError`."""
     try:
-        small = config if _is_small(config) else tiny_config(config)
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+        small = deepcopy(config) if _is_small(config) else tiny_config(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
     except Exception as error:  # configuration classes and constructors raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AnatomyError(f"{config.model_type}: no tiny model can be built to prove it on: {first}") from error

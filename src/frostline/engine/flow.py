@@ -56,6 +56,11 @@ def measure_flow(
     Residual connections that the stage removes stay removed on both sides: another function has other gradients.
     Routes are in force as before afterwards; the caller puts the modules' modes back.
     """
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks do not show what happens inside them
+        return _measured(model, points, stage, batch, device=device, bf16=bf16)
+
+
+def _measured(model: nn.Module, points: Points, stage: Stage, batch: Any, *, device: torch.device, bf16: bool) -> Flow:
     model.eval()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16), watched(points.every()):

@@ -25,8 +25,18 @@ def place(model: nn.Module, anatomy: Anatomy, *, local_losses: bool = False) -> 
     Before compiling and before `recompute_blocks`. Raises `RouteError` when no tiny model of this kind can be proved,
     or for `local_losses` when the model's logits are not those of its final norm and head.
     """
-    points = placed(model, anatomy, confirmed_wirings(model.config))
+    wirings = confirmed_wirings(model.config)
+    if local_losses:  # a tiny one of its kind says whether its logits allow it, before this one is touched
+        small = tiny_model(model.config)
+        parts = read_anatomy(small)
+        find_tail(small, parts, placed(small, parts, wirings))
+    points = placed(model, anatomy, wirings)
     return replace(points, tail=find_tail(model, anatomy, points)) if local_losses else points
+
+
+def _has_no_values(model: nn.Module) -> bool:
+    first = next(model.parameters())
+    return first.is_meta or isinstance(first, FakeTensor)
 
 
 def confirmed_wirings(config: Any) -> dict[Signature, Wiring]:
@@ -63,16 +73,16 @@ def find_tail(model: nn.Module, anatomy: Anatomy, points: Points) -> nn.Module:
         tail = nn.Sequential(*(module_of(model, anatomy, part) for part in ("final_norm", "head")))
     except AnatomyError as error:
         raise RouteError(f"local losses need a final norm and a head: {error}") from None
-    first = next(model.parameters())
-    if first.is_meta or isinstance(first, FakeTensor):
+    if _has_no_values(model):
         return tail
-    ids = (torch.arange(4, device=first.device) % model.config.get_text_config().vocab_size)[None]  # type: ignore[union-attr, operator]
-    training = model.training
+    ids = (torch.arange(4, device=next(model.parameters()).device) % model.config.get_text_config().vocab_size)[None]  # type: ignore[union-attr, operator]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
         logits, outputs = run_watched(points, model, ids)
         same = torch.equal(logits, tail(outputs[-1]))
-    model.train(training)
+    for module, training in modes.items():
+        module.training = training
     if not same:
         raise RouteError(
             "local losses: this model's logits are not head(final_norm(last block)) (they are scaled or capped), so "

@@ -48,11 +48,13 @@ class RoutePoint(nn.Module):
         """Outside of `forward`: outside of checkpointing (no second time in the recomputation) and of compilation."""
         if not self.watched:
             return super().__call__(*args, **kwargs)
+        held = self.stop_input, self.own_input, self.skip
+        self.own_input = False
         entered = self._enter(_stream(args, kwargs))
         self.read = entered.view_as(entered)  # a node of its own: its gradient is what comes back through here
-        args, kwargs = _with_stream(args, kwargs, self.read)
-        held = self.stop_input, self.own_input, self.skip
-        self.stop_input, self.own_input, self.skip = False, False, "keep"  # done above
+        inside = self.read.clone() if held[1] else self.read  # a reader inside may cut its own copy alone
+        args, kwargs = _with_stream(args, kwargs, inside)
+        self.stop_input, self.skip = False, "keep"  # done above
         try:
             out = super().__call__(*args, **kwargs)
         finally:
@@ -135,10 +137,15 @@ def watched(points: Iterable[RoutePoint]) -> Iterator[None]:
 def make_point(module: nn.Module) -> RoutePoint:
     """Make a module a point, once and for good; nothing changes until an attribute is set. Raises `RouteError`."""
     if not isinstance(module, RoutePoint):
-        if "forward" in vars(module):
-            raise RouteError(f"{type(module).__name__} has a forward of its own already; routes must be placed first")
+        check_free(module)
         module.__class__ = _point_class(type(module))  # type: ignore[arg-type]
     return cast(RoutePoint, module)
+
+
+def check_free(module: nn.Module) -> None:
+    """Raise `RouteError` when something else has put itself in the place of a module's `forward`."""
+    if "forward" in vars(module) and not isinstance(module, RoutePoint):
+        raise RouteError(f"{type(module).__name__} has a forward of its own already; routes must be placed first")
 
 
 @cache  # one subclass per class, so that identical layers share compiled code

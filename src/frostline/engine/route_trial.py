@@ -33,7 +33,10 @@ def tried(model: nn.Module, anatomy: Anatomy, wirings: Mapping[Signature, Wiring
     for kind, layer in layer_of.items():
         trial = _Trial(model=model, anatomy=anatomy, points=points, layer=layer)
         for point in wirings[kind].points:
-            why = trial.fault(point)
+            try:
+                why = trial.fault(point)
+            except RuntimeError as error:  # cutting what something else needs
+                why = f"a trial of it fails: {str(error).strip().splitlines()[0]}"
             if why is not None:
                 out[kind] = out[kind].without(point, why)
     return out

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from frostline.anatomy import Anatomy, BlockProof, find_blocks, module_of, part_modules
-from frostline.engine.route_points import SETTINGS, RoutePoint, make_point
+from frostline.engine.route_points import SETTINGS, RoutePoint, check_free, make_point
 from frostline.errors import RouteError
 from frostline.schedule import Route
 
@@ -81,7 +81,9 @@ class Points:
 
 def placed(model: nn.Module, anatomy: Anatomy, wirings: Mapping[Signature, Wiring]) -> Points:
     """The points of a model whose kinds of blocks are wired as given."""
-    blocks = []
+    blocks: list[BlockPoints] = []
+    for module in model.modules():  # before any of them is changed
+        check_free(module)
     for layer, (_, block) in enumerate(find_blocks(model)):
         modules = part_modules(model, anatomy, layer)
         found = wirings.get(signature_of(modules))

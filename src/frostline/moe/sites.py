@@ -90,7 +90,7 @@ def watch_routers(sites: Sequence[Site]) -> Iterator[dict[str, Routed]]:
     handles = []
     for site in sites:
         handles.append(site.router.register_forward_hook(_keep_logits(seen[site.name], site)))
-        handles.append(site.experts.register_forward_pre_hook(_keep_choice(seen[site.name]), with_kwargs=True))
+        handles.append(site.experts.register_forward_pre_hook(keep_choice(seen[site.name]), with_kwargs=True))
     try:
         yield seen
     finally:
@@ -109,7 +109,9 @@ def _keep_logits(routed: Routed, site: Site) -> Any:
     return keep
 
 
-def _keep_choice(routed: Routed) -> Any:
+def keep_choice(routed: Routed) -> Any:
+    """A forward pre-hook (with keywords) of an experts module: notes which experts each token is sent to."""
+
     def keep(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
         index = next((t for t in tensors if not _is_float(t) and t.dim() == 2), None)

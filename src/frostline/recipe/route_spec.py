@@ -11,7 +11,7 @@ from pydantic.types import Strict
 from frostline.recipe.base import Record
 
 POINT = re.compile(r"block\.in|embed\.out|[a-z_]+(\[\d+\])?\.(out|skip)")
-RANGES = re.compile(r"-?\d+|-?\d*:-?\d*(:\d+)?")
+RANGES = re.compile(r"-?[0-9]+|(-?[0-9]+)?:(-?[0-9]+)?(:[1-9][0-9]*)?")
 
 
 class RouteSpec(Record):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from frostline.errors import RouteError
 from frostline.recipe import PlateauSpec, RunRateSpec, StageSpec
 from frostline.schedule.groups import Group, make_groups
 from frostline.schedule.routes import Route, make_routes
@@ -121,6 +122,10 @@ class Schedule:
                 raise ValueError(f"stage {name}: without training rows, a duration is in steps")
             n_steps = step_size.n_steps(spec) if step_size else spec.steps or 0
             groups = make_groups(selection, spec)
+            try:
+                routes = make_routes(spec.routes, selection.anatomy.n_layers)
+            except RouteError as error:
+                raise RouteError(f"stages[{i}].routes: {error}") from None
             stages.append(
                 Stage(
                     index=i,
@@ -128,7 +133,7 @@ class Schedule:
                     spec=spec,
                     selection=selection,
                     groups=groups,
-                    routes=make_routes(spec.routes, selection.anatomy.n_layers),
+                    routes=routes,
                     start=start,
                     n_steps=n_steps,
                 )

@@ -1,0 +1,39 @@
+"""Which experts of a model a text uses: `frostline experts` is `experts_on`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from frostline.anatomy import read_anatomy
+from frostline.data import Rows, encode, read_documents
+from frostline.errors import DataError
+from frostline.model import load_model, load_tokenizer
+from frostline.moe import Usage, measure_usage
+from frostline.run_folder import checkpoint_of
+
+
+def experts_on(
+    model: str,
+    data: Iterable[str | Path],
+    *,
+    length: int = 256,
+    rows: int = 8,
+    n_tokens: int = 131_072,
+    trust_remote_code: bool = False,
+) -> Usage:
+    """Where the routers of `model` (folder, hub name or run folder) send the first `n_tokens` tokens of text files.
+
+    `length`: tokens per row; `rows`: rows per forward pass. Raises `ModelError` for a model without experts and
+    `DataError` for text that cannot be read or is shorter than a row.
+    """
+    source, files = checkpoint_of(model), list(data)
+    loaded = load_model(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    n_vocabulary = loaded.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    text = Rows(encode(read_documents(files), tokenizer, n_vocabulary=n_vocabulary), length)
+    n = min(len(text), max(n_tokens // length, 1))
+    if not n:
+        raise DataError(f"too little text: {', '.join(map(str, files))} gives less than one row of {length} tokens")
+    batches = (text.batch(range(at, min(at + rows, n))).input_ids for at in range(0, n, rows))
+    return measure_usage(loaded, read_anatomy(loaded), batches)
