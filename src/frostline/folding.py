@@ -34,6 +34,11 @@ def fold(items: Iterable[tuple[str, Hashable]]) -> list[Fold]:
     return list(folds.values())
 
 
+def folded(names: Iterable[str]) -> list[str]:
+    """The names as few expressions."""
+    return [f.title for f in fold((name, None) for name in names)]
+
+
 def _index_text(indices: Sequence[int]) -> str:
     out, i = [], 0
     while i < len(indices):

@@ -139,6 +139,9 @@ def make_ready(recipe: Recipe, *, trust_remote_code: bool = False) -> Ready:
     if recipe.recompute == "blocks":
         recompute_blocks([block for _, block in find_blocks(model)])
     plan = plan_of(prepared, trust_remote_code=trust_remote_code)
+    for i, stage in enumerate(plan.stages if plan else ()):
+        if not stage.cost.gradient_bytes:
+            raise RecipeError(f"stages[{i}]: nothing of `{stage.learn}` gets a gradient: its routes cut all of it off")
     return Ready(prepared=prepared, model=model, device=device, points=points, plan=plan)
 
 

@@ -20,7 +20,7 @@ from frostline.engine import Evaluated, Event, RunStarted, StageEnded, StageStar
 from frostline.experiment.bench import Claims
 from frostline.experiment.demo import Demo
 from frostline.folding import Fold, fold
-from frostline.schedule import Stage
+from frostline.schedule import Route, Stage
 from frostline.selection import Selection, compare, shared_heads
 from frostline.units import format_bytes, format_changes, format_count, format_duration, format_share
 
@@ -351,11 +351,23 @@ def _stage_line(event: StageStarted) -> str:
         decay += " (none on norms and biases)"
     state = f", {event.n_restored} of {event.n_owned} keep their optimizer state" if stage.index else ""
     at_most = " at most" if spec.plateau else ""
+    routes = "".join(f"\n  {_route_line(r)}" for r in stage.routes)
+    local = "\n  every block's output has a loss of its own" if spec.local_loss != "none" else ""
     return (
         f"stage {stage.name}: {stage.selection} learn{state}\n"
         f"  {stage.n_steps} steps{at_most}, {optimizer.name}, lr {_by_part(spec.lr)}, {decay}, "
         f"clip {spec.clip if spec.clip is not None else 'off'}"
-        f"{', dropout off where nothing learns' if spec.frozen_dropout == 'off' else ''}"
+        f"{', dropout off where nothing learns' if spec.frozen_dropout == 'off' else ''}{routes}{local}"
+    )
+
+
+def _route_line(route: Route) -> str:
+    where = f" in layers {', '.join(map(str, route.layers))}" if route.layers else ""
+    if route.mode == "stop":
+        return f"gradients stop at {route.point}{where}"
+    return (
+        f"without {route.point}{where}: the saved model has this connection again, so plain transformers computes "
+        "another function than the one trained here"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from frostline.folding import folded
 from frostline.plan import StageCheck, StageCost, StagePlan
 from frostline.planning import Alternative, Duration, Fit, Planned, Setting
 from frostline.units import format_bytes, format_count, format_duration, format_flops
@@ -45,8 +46,8 @@ def print_plan(console: Console, planned: Planned) -> None:
     for s in plan.stages:
         if s.cost.prefix_flops:
             console.print(_prefix_line(s), highlight=False)
-        for part in s.cost.unreached:
-            console.print(f"stage {s.name}: {part} is to learn, and the loss does not depend on it", highlight=False)
+        for part in folded(s.cost.unreached):
+            console.print(f"stage {s.name}: {part} is to learn, and no gradient reaches it", highlight=False)
     if planned.duration:
         console.print(_duration_line(planned.duration), highlight=False)
     if planned.fit:

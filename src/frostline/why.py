@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from frostline.anatomy import Anatomy, Component, read_anatomy, take, tiny_config
 from frostline.errors import FrostlineError, PlanError, SelectionError
+from frostline.folding import folded
 from frostline.model import Source, Weights, load_config, quiet_transformers
 from frostline.plan import StageCost
 from frostline.planning import Subject, memory_of, subject_of
@@ -127,8 +128,8 @@ def _reasons(subject: Subject, stage: Stage, cost: StageCost) -> Sequence[Reason
 
 def _no_ops(subject: Subject, stage: Stage, cost: StageCost) -> Iterator[str]:
     """Parts of a stage that get no gradient: by the plan, by a tiny model of the same kind, by the weights."""
-    for part in dict.fromkeys(map(_kind, cost.unreached)):
-        yield f"{part}: the loss does not depend on it, so it gets no gradient"
+    for part in folded(cost.unreached):
+        yield f"{part}: no gradient reaches it: the loss does not depend on it, or a route cuts it off"
     learning = dict.fromkeys(_kind(c.name) for c, _ in stage.selection.by_component())
     for part in silent_parts(subject.source, trust_remote_code=subject.trust_remote_code):
         if part in learning and part not in map(_kind, cost.unreached):

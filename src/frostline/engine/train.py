@@ -174,6 +174,8 @@ def train_loop(
                 value = measure(stage, done)
                 losses += [value] if due else []
             if done == stage.end or (plateau is not None and due and plateaued(losses, plateau)):
+                if settings.flow_every:
+                    tell(_flow(model, stage, held_out, settings, done))
                 endings.append(done)
                 schedule = schedule.ended(endings)
                 tell(_end_stage(schedule, stage.index, recorder, n_skipped=stage.end - done))

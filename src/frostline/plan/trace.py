@@ -47,7 +47,7 @@ class StageCost:
     flops: dict[str, dict[Kind, int]]
     """Part → kind → FLOPs; what is between two weights (attention's scores) counts with the part."""
     frontier: str
-    """The first part that learns: backward stops there."""
+    """The first part that learns and gets a gradient: backward stops there."""
     weight_bytes: int
     """Parameters and buffers."""
     gradient_bytes: int
@@ -147,7 +147,7 @@ def trace_stage(
     weights = sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in everything.values()}.values())
     return StageCost(
         flops=_by_part(meter.flops, anatomy),
-        frontier=frontier,
+        frontier=next((c.name for c, _ in stage.selection.by_component() if c.name not in unreached), frontier),
         weight_bytes=weights,
         gradient_bytes=gradients,
         state_bytes=state,
