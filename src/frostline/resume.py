@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from frostline.engine.record import cut_pieces, named_tensors
 from frostline.engine.run_state import RunState, from_files
 from frostline.environment import describe_environment
 from frostline.errors import RunFolderError
-from frostline.recipe import load_recipe
+from frostline.recipe import Recipe, load_recipe
 from frostline.run import Ready, RunResult, carry_out, choose_device, make_ready, run_name
 from frostline.run_folder import RunFolder, damaged_records
 
@@ -54,7 +55,8 @@ def resume(
         if status["state"] == "finished":
             raise RunFolderError(f"{run} is finished (after step {status['step']}): there is nothing to resume")
         recipe = load_recipe(folder.recipe)
-        differences = _differences(folder, recipe)
+        checkpoint = _newest(folder, say)
+        differences = [*_differences(folder, recipe), *(_edits(checkpoint, recipe) if checkpoint else [])]
         if differences and not allow_inexact:
             raise RunFolderError(
                 "the run would not end with the same bytes, because these differ:\n  "
@@ -63,7 +65,6 @@ def resume(
             )
         for line in differences:
             say(f"inexact: {line}")
-        checkpoint = _newest(folder, say)
         ready = make_ready(recipe, trust_remote_code=trust_remote_code)
         with damaged_records(folder.path):
             state = _state(checkpoint, ready, folder) if checkpoint else None
@@ -116,7 +117,7 @@ def _changed(ready: Ready, start: dict[str, str]) -> list[str]:
     return sorted(n for n in {*now, *start} if now.get(n) != start.get(n))
 
 
-def _differences(folder: RunFolder, recipe: Any) -> list[str]:
+def _differences(folder: RunFolder, recipe: Recipe) -> list[str]:
     """What of software, machine and data is not as it was, as `what: old → new`."""
     then = folder.read_json("environment.json")
     held_out = recipe.data.held_out if isinstance(recipe.data.held_out, tuple) else ()
@@ -127,6 +128,17 @@ def _differences(folder: RunFolder, recipe: Any) -> list[str]:
         old, new = _flat(key, then.get(key)), _flat(key, now.get(key))
         out += [f"{k}: {old.get(k)} → {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
     return out
+
+
+FREE = ("checkpoint", "nonfinite")
+"""Keys of a recipe that may be edited between a stop and a resume: they change no step that was done."""
+
+
+def _edits(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """What of the recipe was edited since the checkpoint, as `key: old → new`."""
+    then, now = checkpoint.data["recipe"], recipe.as_dict()
+    keys = [k for k in dict.fromkeys([*then, *now]) if k not in FREE and then.get(k) != now.get(k)]
+    return [f"recipe {k}: {json.dumps(then.get(k))} → {json.dumps(now.get(k))}" for k in keys]
 
 
 def _flat(key: str, value: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import nn
@@ -151,7 +152,7 @@ def carry_out(
     """Train, from the start or from a state, and audit. The folder is locked by the caller."""
     prepared, model, recipe = ready.prepared, ready.model, ready.prepared.recipe
     meters = StepMeters(model)
-    saver = Saver(Checkpoints(folder.checkpoints, run=run_name(folder)), recipe.checkpoint)
+    saver = Saver(Checkpoints(folder.checkpoints, run=run_name(folder)), recipe)
     settings = loop_settings(recipe, ready.device, ready.points)
     balanced = any(s.spec.moe for s in prepared.schedule.stages)
     with stop_on_signal() as stop, log_load(model, prepared.anatomy, folder, wanted=balanced) as logs:
@@ -186,8 +187,8 @@ def carry_out(
 
 
 def run_name(folder: RunFolder) -> str:
-    """What tells a run from every other: the hash of its recipe and its environment as they were written."""
-    return hash_file(folder.path / "environment.json")[:16] + hash_file(folder.recipe)[:16]
+    """What tells a run from every other; drawn when it was made."""
+    return str(folder.read_json("environment.json")["run"])
 
 
 def plan_of(prepared: Prepared, *, trust_remote_code: bool = False) -> Plan | None:
@@ -386,7 +387,10 @@ def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
     write_text(folder.recipe, dump_yaml(recipe.as_dict()))
     folder.write_json(
         "environment.json",
-        describe_environment(device=choose_device(recipe), data=(*recipe.data.train, *held_out), base=base),
+        {
+            "run": uuid4().hex,
+            **describe_environment(device=choose_device(recipe), data=(*recipe.data.train, *held_out), base=base),
+        },
     )
     return folder
 

@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 from frostline.checkpoints import Checkpoints
 from frostline.engine.run_state import RunState, to_files
-from frostline.recipe import CheckpointSpec
+from frostline.recipe import Recipe
 
 
 class Saver:
     """Called after every step; saves when it is due. How often changes nothing about the result of the run."""
 
-    def __init__(self, checkpoints: Checkpoints, spec: CheckpointSpec) -> None:
-        self.checkpoints, self.spec = checkpoints, spec
+    def __init__(self, checkpoints: Checkpoints, recipe: Recipe) -> None:
+        self.checkpoints, self.spec = checkpoints, recipe.checkpoint
+        self._recipe = recipe.as_dict()
         self._saved = 0
         self._when = time.monotonic()
 
@@ -23,7 +24,7 @@ class Saver:
         if done == self._saved or not (now or self._due(done)):
             return
         tensors, data = to_files(state())
-        self.checkpoints.write(done, tensors, data)
+        self.checkpoints.write(done, tensors, {**data, "recipe": self._recipe})
         self.checkpoints.prune(self.spec.keep)
         self._saved, self._when = done, time.monotonic()
 

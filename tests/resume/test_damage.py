@@ -180,6 +180,17 @@ def test_other_versions_and_threads_are_refused_by_name(cut: Path) -> None:
         resume(cut)
 
 
+def test_an_edited_recipe_is_refused_with_old_and_new_and_how_to_save_may_be_edited(cut: Path, stopped: Path) -> None:
+    text = (cut / "recipe.yaml").read_text()
+    (cut / "recipe.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    with pytest.raises(RunFolderError, match="recipe seed: 0 → 1"):
+        resume(cut)
+    assert len(list((cut / "checkpoints").glob("step-?????????"))) == 3, "none may be set aside for this"
+    (cut / "recipe.yaml").write_text(text.replace("keep: 3", "keep: 1").replace("policy: halt", "policy: skip"))
+    resume(cut)
+    assert digests(cut) == digests(stopped / "whole")
+
+
 def test_records_that_lost_lines_are_an_error(cut: Path) -> None:
     cut_short(cut / "metrics.jsonl")
     with (cut / "metrics.jsonl").open("r+b") as file:
