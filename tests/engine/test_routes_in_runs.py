@@ -57,7 +57,7 @@ def test_a_run_with_routes_passes_its_audit(
     assert result.audit.passed, result.audit.failures
     assert past_stops(result.audit) == [("none", True)]
     assert all(c.flops_agree for c in result.checks)
-    assert len(RunFolder.open(tmp_path / "run").read_lines(tmp_path / "run" / "evidence" / "flow.jsonl")) == 1
+    assert len(RunFolder.open(tmp_path / "run").read_lines(tmp_path / "run" / "evidence" / "flow.jsonl")) == 2
 
 
 def test_a_run_without_routes_says_nothing_of_stops(tmp_path: Path) -> None:
