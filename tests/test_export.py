@@ -128,3 +128,20 @@ def test_the_commands_do_the_same_and_say_what_is_wrong(base: Path, tmp_path: Pa
     wrong = cli.invoke(app, ["apply", str(base), str(tmp_path / "out2")])
     assert wrong.exit_code == 2
     assert "at least one delta" in wrong.output
+
+
+def test_a_delta_whose_values_changed_is_refused(base: Path, tmp_path: Path) -> None:
+    run = train(on(base, tmp_path, "norm"), out=tmp_path / "run").folder
+    path = export_delta(run, tmp_path / "delta.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 0x40
+    path.write_bytes(bytes(data))
+    with pytest.raises(ModelError, match="not those that were written"):
+        read_delta(path)
+
+
+def test_nothing_is_exported_into_the_run_folder_and_no_path_stands_in_the_card(base: Path, tmp_path: Path) -> None:
+    run = train(on(base, tmp_path, "norm"), out=tmp_path / "run").folder
+    with pytest.raises(RunFolderError, match="in the run folder itself"):
+        export_run(run, run / "model" / "x")
+    assert str(tmp_path) not in (export_run(run, tmp_path / "out") / "README.md").read_text()

@@ -53,6 +53,10 @@ class Rejected:
     why: str
 
 
+class _OtherRunError(Exception):
+    """A checkpoint that is whole, and not ours."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder`. `run` names it in every manifest: another run's are refused."""
 
@@ -73,12 +77,16 @@ class Checkpoints:
         try:
             with storage_errors(temporary):
                 self._fill(temporary, step, tensors, data)
-                if target.exists():  # of the same step, from before a resume
-                    shutil.rmtree(target)
                 reached("before rename")
+                old = None
+                if target.exists():  # of the same step, from before a resume: never without one of the two
+                    old = target.with_name(f"{target.name}.tmp-old-{uuid4().hex[:8]}")
+                    target.rename(old)
                 temporary.rename(target)
                 _sync(self.folder)
                 reached("after rename")
+                if old is not None:
+                    shutil.rmtree(old, ignore_errors=True)
         except StorageError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -91,7 +99,7 @@ class Checkpoints:
             save_file(dict(part), folder / f"{name}.safetensors")
             _sync(folder / f"{name}.safetensors")
             reached(f"after {name}")
-        (folder / "state.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        (folder / "state.json").write_text(json.dumps(data, ensure_ascii=False, sort_keys=True), encoding="utf-8")
         _sync(folder / "state.json")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in sorted(folder.iterdir())}
         reached("before manifest")
@@ -111,7 +119,13 @@ class Checkpoints:
         for path in reversed(self.found()):
             try:
                 return self._verified(path), rejected
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+            except _OtherRunError as error:
+                rejected.append(Rejected(path=path, why=str(error)))
+            except OSError as error:
+                if not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+                    raise StorageError(f"cannot read {path}: {error.strerror or error}") from error  # it may be whole
+                rejected.append(Rejected(path=_set_aside(path), why=f"it lacks {Path(str(error.filename)).name}"))
+            except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 rejected.append(Rejected(path=_set_aside(path), why=why))
         return None, rejected
@@ -126,12 +140,11 @@ class Checkpoints:
         """What a kill during a write has left: never read."""
         return sorted(self.folder.glob("step-*.tmp-*")) if self.folder.is_dir() else []
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep`, and leftovers. Only after the newest has verified."""
-        newest = self.found()[-1:]
-        if newest:
-            self._verified(newest[0])
-        for path in [*self.found()[:-keep], *self.leftovers()]:
+    def prune(self, keep: int, *, written: Path) -> None:
+        """Delete all but `keep` up to the one just written, and leftovers. Only after that one has verified."""
+        self._verified(written)
+        until = [p for p in self.found() if p.name <= written.name]
+        for path in [*until[:-keep], *self.leftovers()]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _verified(self, path: Path) -> Checkpoint:
@@ -139,7 +152,7 @@ class Checkpoints:
         if manifest["schema"] != 1:
             raise ValueError(f"its manifest is of schema {manifest['schema']}")
         if manifest["run"] != self.run:
-            raise ValueError("it belongs to another run")
+            raise _OtherRunError("it belongs to another run")
         named, there = set(manifest["files"]), {p.name for p in path.iterdir()} - {MANIFEST}
         if named != there or "state.json" not in named:
             raise ValueError(f"files missing or added: {', '.join(sorted(named ^ there)) or 'state.json'}")

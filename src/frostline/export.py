@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,7 @@ from frostline.audit import audit
 from frostline.engine.record import named_tensors
 from frostline.errors import FrostlineError, ModelError, RunFolderError
 from frostline.model import Weights, load_model, load_tokenizer, save_model, untie
-from frostline.recipe import ScratchModel, load_recipe
+from frostline.recipe import ScratchModel, dump_yaml, load_recipe
 from frostline.run_folder import RunFolder, damaged_records, storage_errors, write_text
 from frostline.units import format_count
 
@@ -44,12 +45,18 @@ def export_run(run: str | Path, out: str | Path) -> Path:
     Raises `RunFolderError` when the run is not finished, its audit fails, or `out` is not empty.
     """
     folder, target = _finished(run), _new_folder(out)
+    _check_outside(folder, target)
     verdict = audit(folder.path)
     if not verdict.passed:
         raise RunFolderError(f"{run}: its audit fails, so it is not exported; see `frostline audit {run}`")
+    card = model_card(folder)
+    temporary = target.with_name(f".{target.name}.tmp-{uuid4().hex[:8]}")
     with storage_errors(target):
-        shutil.copytree(folder.model, target, dirs_exist_ok=True)
-    write_text(target / "README.md", model_card(folder))
+        shutil.copytree(folder.model, temporary)
+        write_text(temporary / "README.md", card)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
     return target
 
 
@@ -58,6 +65,7 @@ def export_delta(run: str | Path, out: str | Path) -> Path:
     folder, target = _finished(run), Path(out)
     if target.exists():
         raise RunFolderError(f"{out} exists; an export never overwrites")
+    _check_outside(folder, target)
     if not audit(folder.path).passed:
         raise RunFolderError(f"{run}: its audit fails, so it is not exported; see `frostline audit {run}`")
     boundaries, recipe = folder.read_boundaries(), load_recipe(folder.recipe)
@@ -75,9 +83,10 @@ def export_delta(run: str | Path, out: str | Path) -> Path:
             if p.tensor not in boundaries[0].derived
         ],
         "untied": recipe.ties == "untie",
-        "model": recipe.model if isinstance(recipe.model, str) else None,
+        "sha256": {name: fingerprint(t) for name, t in tensors.items()},
     }
     with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, target, metadata={"frostline_delta": json.dumps(head)})
     return target
 
@@ -99,8 +108,12 @@ def read_delta(path: str | Path) -> Delta:
         with safe_open(path, framework="pt") as file:
             head = json.loads((file.metadata() or {})["frostline_delta"])
             values = {slice_from_json(p): file.get_tensor(name) for name, p in head["pieces"].items()}
-        if head["schema"] != 1 or any(t.shape != p.shape for p, t in values.items()):
+        if head["schema"] != 1 or any(tuple(t.shape) != p.shape for p, t in values.items()):
             raise ValueError("its pieces do not have the shapes it says")
+        if any(fingerprint(values[slice_from_json(p)]) != head["sha256"][n] for n, p in head["pieces"].items()):
+            raise ValueError("its values are not those that were written")
+        if not head["base"]:
+            raise ValueError("it does not say what base it belongs to")
         return Delta(
             path=Path(path),
             values=values,
@@ -120,12 +133,11 @@ def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, tr
     read = [read_delta(d) for d in deltas]
     _check_apart(read)
     model = load_model(base, trust_remote_code=trust_remote_code)
-    if len({d.untied for d in read}) > 1:
+    has_cut = any(d.untied for d in read) and untie(model)
+    if has_cut and not all(d.untied for d in read):
         raise ModelError(
             "some of the deltas belong to a model whose head was given weights of its own, and some do not"
         )
-    if read[0].untied:
-        untie(model)
     for delta in read:
         _check_base(model, base, delta)
     tensors = named_tensors(model)
@@ -151,6 +163,15 @@ def _check_apart(deltas: Sequence[Delta]) -> None:
 
 def _check_base(model: nn.Module, base: str, delta: Delta) -> None:
     tensors = named_tensors(model)
+    foreign = [
+        str(p)
+        for p, value in delta.values.items()
+        if p.tensor not in tensors
+        or reaches_outside(p, tuple(tensors[p.tensor].shape))
+        or value.dtype != tensors[p.tensor].dtype
+    ]
+    if foreign:
+        raise ModelError(f"{base} has no place for what {delta.path} holds: {', '.join(foreign[:3])}")
     wrong = [
         str(piece)
         for piece, expected in delta.base.items()
@@ -190,6 +211,11 @@ def _finished(run: str | Path) -> RunFolder:
     if not folder.model.is_dir():
         raise RunFolderError(f"{run} holds no model")
     return folder
+
+
+def _check_outside(folder: RunFolder, target: Path) -> None:
+    if target.resolve().is_relative_to(folder.path.resolve()):
+        raise RunFolderError(f"{target} lies in the run folder itself, which an export does not change")
 
 
 def _new_folder(out: str | Path) -> Path:
@@ -240,11 +266,25 @@ def model_card(folder: RunFolder) -> str:
             "The recipe:",
             "",
             "```yaml",
-            folder.recipe.read_text(encoding="utf-8").rstrip(),
+            dump_yaml(_without_paths(recipe.as_dict())).rstrip(),
             "```",
             "",
         ]
     )
+
+
+def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with names in place of this machine's paths."""
+
+    def name(value: Any) -> Any:
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: named(v) for k, v in value.items()}
+        return [named(v) for v in value] if isinstance(value, list) else name(value)
+
+    return {k: named(v) for k, v in recipe.items()}
 
 
 def _cell(text: str) -> str:

@@ -250,6 +250,8 @@ def _duration(subject: Subject, plan: Plan, asked: Asked) -> Duration | None:
 def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
     """Seconds of a step of every stage, measured on random weights. Raises `PlanError` when they would not fit here."""
     device = torch.device(subject.batching.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PlanError("torch sees no CUDA device here, so nothing can be measured on one; leave --calibrate out")
     memory = memory_of(device)
     if memory is not None and plan.peak_bytes > memory:
         raise PlanError(

@@ -45,6 +45,7 @@ from frostline.errors import (
     PlanError,
     RecipeError,
     RouteError,
+    RunFolderError,
     SelectionError,
 )
 from frostline.model import load_config, load_model, load_skeleton, load_tokenizer, save_model, untie
@@ -152,7 +153,7 @@ def carry_out(
     """Train, from the start or from a state, and audit. The folder is locked by the caller."""
     prepared, model, recipe = ready.prepared, ready.model, ready.prepared.recipe
     meters = StepMeters(model)
-    saver = Saver(Checkpoints(folder.checkpoints, run=run_name(folder)), recipe)
+    saver = Saver(Checkpoints(folder.checkpoints, run=run_name(folder)), recipe, saved=resumed.step if resumed else 0)
     settings = loop_settings(recipe, ready.device, ready.points)
     balanced = any(s.spec.moe for s in prepared.schedule.stages)
     with stop_on_signal() as stop, log_load(model, prepared.anatomy, folder, wanted=balanced) as logs:
@@ -176,10 +177,10 @@ def carry_out(
             raise
         save_result(model, prepared.tokenizer, folder)
         state: State = "finished" if done.finished else "interrupted"
-        folder.write_status(state, step=done.steps)
         checks = check_plan(ready.plan, meters) if ready.plan else ()
         if ready.plan:
             folder.write_json("plan.json", {**plan_to_json(ready.plan), "checks": checks_to_json(checks)})
+        folder.write_status(state, step=done.steps)
         verdict = audit(folder.path)
     return RunResult(
         folder=folder.path, state=state, steps=done.steps, checks=checks, anatomy=prepared.anatomy, audit=verdict
@@ -188,7 +189,12 @@ def carry_out(
 
 def run_name(folder: RunFolder) -> str:
     """What tells a run from every other; drawn when it was made."""
-    return str(folder.read_json("environment.json")["run"])
+    name = folder.read_json("environment.json").get("run")
+    if not isinstance(name, str):
+        raise RunFolderError(
+            f"{folder.path}: environment.json does not say which run it is of, so it cannot be resumed"
+        )
+    return name
 
 
 def plan_of(prepared: Prepared, *, trust_remote_code: bool = False) -> Plan | None:

@@ -213,7 +213,10 @@ class RunFolder:
 
     def read_status(self) -> dict[str, Any]:
         """`state`, `step`, `message`."""
-        return self.read_json("status.json")
+        status = self.read_json("status.json")
+        if not isinstance(status.get("state"), str) or not isinstance(status.get("step"), int):
+            raise RunFolderError(f"{self.path / 'status.json'} does not say how far the run is")
+        return status
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Write one JSON file whole or not at all."""
@@ -266,7 +269,9 @@ class RunFolder:
                 number = path.stem.rpartition("-")[2]
                 if number.isdigit() and int(number) >= keep:
                     path.unlink()
-        (self.evidence / "model-files.json").unlink(missing_ok=True)
+        made_later = ("report.html", "plan.json", "claims.json", "samples.json", "evidence/model-files.json")
+        for name in made_later:
+            (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.model, ignore_errors=True)
 
     def _growing(self) -> tuple[Path, ...]:
@@ -275,7 +280,9 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, no other process works on this run. Raises `RunFolderError` when one does."""
-        with storage_errors(self.path / "lock"), (self.path / "lock").open("a") as file:
+        with storage_errors(self.path / "lock"):
+            file = (self.path / "lock").open("a")
+        with file:
             try:
                 import fcntl
             except ImportError:  # not on Windows

@@ -13,10 +13,11 @@ from frostline.recipe import Recipe
 class Saver:
     """Called after every step; saves when it is due. How often changes nothing about the result of the run."""
 
-    def __init__(self, checkpoints: Checkpoints, recipe: Recipe) -> None:
+    def __init__(self, checkpoints: Checkpoints, recipe: Recipe, *, saved: int = 0) -> None:
+        """`saved`: the step whose checkpoint the run goes on from."""
         self.checkpoints, self.spec = checkpoints, recipe.checkpoint
         self._recipe = recipe.as_dict()
-        self._saved = 0
+        self._saved = saved
         self._when = time.monotonic()
 
     def __call__(self, done: int, now: bool, state: Callable[[], RunState]) -> None:
@@ -24,8 +25,8 @@ class Saver:
         if done == self._saved or not (now or self._due(done)):
             return
         tensors, data = to_files(state())
-        self.checkpoints.write(done, tensors, {**data, "recipe": self._recipe})
-        self.checkpoints.prune(self.spec.keep)
+        written = self.checkpoints.write(done, tensors, {**data, "recipe": self._recipe})
+        self.checkpoints.prune(self.spec.keep, written=written)
         self._saved, self._when = done, time.monotonic()
 
     def _due(self, done: int) -> bool:

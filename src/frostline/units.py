@@ -30,6 +30,8 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"'{text}' is no size: write it as in 80GB or 24GiB")
     power = " KMGT".index(match[2].upper() or " ")
+    if len(match[1]) > 20:
+        raise ValueError(f"'{text[:20]}…' is no size of any memory")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 

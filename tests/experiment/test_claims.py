@@ -28,7 +28,7 @@ def broken(claims: Claims) -> list[str]:
     return [c.belief for c in claims.claims if not c.holds]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "olmo2", "mixtral", "gemma", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "olmo2", "mixtral", "gemma", "qwen3", "gpt_neox"])
 def test_every_claim_holds_and_has_numbers(architecture: str) -> None:
     model = tiny.model(architecture)
     before = {n: p.clone() for n, p in model.named_parameters()}

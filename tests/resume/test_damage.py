@@ -248,3 +248,34 @@ def test_no_run_and_no_folder_are_said(tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "nothing", "no run folder"), (tmp_path, "no run that can be resumed")):
         with pytest.raises(RunFolderError, match=message):
             resume(folder)
+
+
+def test_an_input_error_of_the_disk_sets_no_checkpoint_aside(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoints, "hash_file", fail)
+    with pytest.raises(StorageError, match="cannot read"):
+        resume(cut)
+    monkeypatch.undo()
+    assert resume(cut).state == "finished"
+
+
+def test_stopped_again_before_its_first_step_a_resumed_run_keeps_its_only_checkpoint(
+    cut: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in sorted((cut / "checkpoints").iterdir())[:-1]:
+        shutil.rmtree(path)
+    monkeypatch.setattr(checkpoints, "reached", lambda _: pytest.fail("the same step must not be written again"))
+    result = resume(cut, observers=[lambda _: os.kill(os.getpid(), signal.SIGTERM)])
+    monkeypatch.undo()
+    assert (result.state, result.steps) == ("interrupted", 7)
+    assert resume(cut).state == "finished"
+    assert digests(cut) == digests(stopped / "whole")
+
+
+@pytest.mark.parametrize("name", ["status.json", "environment.json"])
+def test_emptied_records_are_an_error_of_the_folder(cut: Path, name: str) -> None:
+    (cut / name).write_text('{"schema": 1}')
+    with pytest.raises(RunFolderError):
+        resume(cut)

@@ -95,9 +95,11 @@ class Recorder:
         self._hashes = [*self._hashes[-1:], hashes]
         self.folder.write_boundary(Boundary(index=index, step=step, hashes=hashes, derived=derived))
 
-    def resume(self, stage: Stage, drifted: tuple[str, ...]) -> None:
-        """Go on in the middle of `stage`, from what the folder holds."""
+    def resume(self, stage: Stage, drifted: tuple[str, ...], *, ended: bool) -> None:
+        """Go on in the middle of `stage`, from what the folder holds; `ended`: at its end, its records written."""
         self._hashes = [self.folder.read_boundaries()[-1].hashes]
+        if ended:
+            return
         self._drifted = dict.fromkeys(drifted)
         for sample in self.folder.read_gradients():
             if sample.stage == stage.index:

@@ -139,7 +139,7 @@ def train_loop(
         memory = dict(resumed.memory)
         active = reenter(parameters, anatomy, schedule.stages[resumed.stage], resumed)
         enter_routes(settings.points, active.stage)
-        recorder.resume(active.stage, resumed.drifted)
+        recorder.resume(active.stage, resumed.drifted, ended=len(endings) > resumed.stage)
         set_modes(model, active.stage)
     buffers = FrozenBuffers(model, derived)
     try:
