@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 from frostline import train
 from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.cli import app
+from frostline.data import read_documents, train_byte_bpe
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError
-from frostline.model import load_fake, load_model, load_skeleton
+from frostline.model import load_fake, load_model, load_skeleton, save_model
+from frostline.moe import upcycle
 from frostline.plan import KINDS, Batching, StageCost, make_plan, plan_to_json, trace_stage
 from frostline.plan import formulas as formulas_module
 from frostline.planning import Asked, plan_model, plan_recipe
@@ -418,6 +420,10 @@ def test_a_shipped_recipes_plan_is_its_golden_plan(shipped: Path, tmp_path: Path
     (tmp_path / "corpus" / "text.txt").write_text("\n".join(f"line {i} of a text" for i in range(20_000)))
     recipe = tmp_path / shipped.name
     recipe.write_text(shipped.read_text())
+    if shipped.stem == "moe":  # it trains what `frostline upcycle` made
+        tokenizer = train_byte_bpe(read_documents([tmp_path / "corpus"]), n_vocabulary=tiny.VOCABULARY)
+        save_model(tiny.model("llama"), tokenizer, tmp_path / "dense")
+        upcycle(str(tmp_path / "dense"), tmp_path / "moe", experts=4)
     found = plan_to_json(plan_recipe(recipe, device="cpu").plan)
     golden = json.loads((GOLDEN / f"{shipped.stem}.json").read_text())
     assert [(s["name"], s["learn"], s["n_steps"]) for s in found["stages"]] == [
