@@ -1,0 +1,88 @@
+"""What every command shares: the app, options, errors, output. Exit codes stand in `errors.py`."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from frostline.errors import FrostlineError
+
+if TYPE_CHECKING:
+    from frostline.anatomy import Anatomy
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    help="Train decoder-only language models while deciding exactly what learns and when, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A model folder, hub name, config.json or run folder.", metavar="MODEL")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Off unless typed.")
+]
+INTERRUPTED_TWICE = 130
+INTERRUPTED = 75
+
+
+def main() -> None:
+    """The `frostline` command."""
+    # waiting threads sleep: 1 % slower on an idle machine, a third faster on a shared one (must be set before torch)
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show ✓ must not end a passing run
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED_TWICE)
+
+
+def errors_for_people(command: Callable[P, R]) -> Callable[P, R]:
+    """Print a `FrostlineError` without a traceback and exit with its code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except FrostlineError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED_TWICE) from None
+
+    return wrapped
+
+
+def anatomy_of(model: str, trust_remote_code: bool) -> Anatomy:
+    """The parts of a model as a person names it."""
+    from frostline.anatomy import read_anatomy
+    from frostline.model import load_skeleton
+    from frostline.run_folder import checkpoint_of
+
+    return read_anatomy(load_skeleton(checkpoint_of(model), trust_remote_code=trust_remote_code))
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Where to print for people."""
+    # a pipe has no width: then nothing is cut off
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=160)
+
+
+def print_json(data: Any) -> None:
+    """Print for programs; NaN and infinity are a bug of ours."""
+    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

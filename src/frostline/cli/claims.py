@@ -1,0 +1,69 @@
+"""What is said about freezing, measured; and the demo. Each command is one public call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from frostline.cli.app import INTERRUPTED, AsJson, Model, RemoteCode, app, errors_for_people, make_console, print_json
+
+
+@app.command()
+@errors_for_people
+def claims(
+    model: Model,
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Settle by measurement what is said about freezing, on any model."""
+    from frostline.experiment.claims import claims_markdown, claims_to_json
+    from frostline.experiment.demo import claims_of
+    from frostline.run_folder import checkpoint_of
+    from frostline.terminal import print_claims
+
+    measured = claims_of(checkpoint_of(model), name=model, trust_remote_code=trust_remote_code)
+    if as_json:
+        print_json(claims_to_json(measured))
+    elif markdown:
+        typer.echo(claims_markdown(measured))
+    else:
+        print_claims(make_console(), measured)
+    raise typer.Exit(0 if measured.hold else 1)
+
+
+@app.command()
+@errors_for_people
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist or be empty.")] = Path(
+        "runs/demo"
+    ),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the demo's recipe.", metavar="KEY=VALUE")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small Llama (everything, then only the FFN), settle the claims on it, write the page."""
+    from frostline.audit import audit_to_json
+    from frostline.experiment.claims import claims_to_json
+    from frostline.experiment.demo import run_demo
+    from frostline.experiment.report import write_report
+    from frostline.terminal import ProgressLines, print_demo
+    from frostline.terminal_plan import print_checks
+
+    console = make_console(stderr=as_json)
+    with ProgressLines(console) as progress:
+        done = run_demo(out, overrides=overrides or [], observers=[progress])
+    if done.result.state == "interrupted":
+        typer.echo(f"interrupted after step {done.result.steps}; the run folder is intact", err=True)
+        raise typer.Exit(INTERRUPTED)
+    page = write_report(done.result.folder, audited=done.result.audit)
+    if as_json:
+        print_json({"audit": audit_to_json(done.result.audit), "claims": claims_to_json(done.claims)})
+    else:
+        print_demo(console, done)
+        print_checks(console, done.result.checks)
+        console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    raise typer.Exit(0 if done.result.audit.passed and done.claims.hold else 1)
