@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all soak test-oldest lint format types check lock clean help
+.PHONY: demo test test-all test-cuda soak test-oldest lint format types check lock clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -22,6 +22,9 @@ test: $(STAMP) ## every fast test
 
 test-all: $(STAMP) ## every test, slow ones too
 	$(BIN)/python -m pytest
+
+test-cuda: $(STAMP) ## what needs a CUDA device
+	$(BIN)/python -m pytest -m cuda
 
 OLDEST := .venv-oldest
 test-oldest: ## the core suite on the oldest supported transformers
