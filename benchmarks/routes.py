@@ -30,10 +30,11 @@ from frostline.engine import LoopSettings, next_token_loss
 from frostline.engine.train import held_out_loss
 from frostline.experiment.corpus import write_corpus
 from frostline.experiment.figures import STYLE, WIDTH_IN
+from frostline.feed import held_out_batches
 from frostline.model import load_random, load_skeleton
 from frostline.plan import Batching, make_plan, points_for, time_stage
 from frostline.recipe import Recipe, ScratchModel, StageSpec, load_recipe
-from frostline.run import choose_device, held_out_batches, load_weights, prepare, train
+from frostline.run import choose_device, load_weights, prepare, train
 from frostline.schedule import Schedule
 from frostline.selection import select
 
@@ -165,7 +166,7 @@ def ffn_cosines(bias: dict[str, list[float] | None]) -> list[float | None]:
 def saved_loss(recipe: Recipe, model: Path) -> float:
     """The held-out loss of a saved model as transformers runs it: with every residual connection."""
     prepared = prepare(recipe.model_copy(update={"model": str(model)}))
-    batches = held_out_batches(prepared, choose_device(recipe))
+    batches = held_out_batches(recipe, prepared.held_out_rows, choose_device(recipe))
     loss: float = held_out_loss(load_weights(prepared), batches, next_token_loss, LoopSettings())
     return loss
 

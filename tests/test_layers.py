@@ -23,6 +23,7 @@ ROWS: dict[str, float] = {
     "resume": 7.5,
     "export": 7.5,
     "saver": 6,
+    "feed": 6,
     "run": 7,
     "learning": 7,
     "planning": 7.5,

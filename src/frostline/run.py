@@ -22,7 +22,7 @@ from torch import nn
 from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.checkpoints import Checkpoints
-from frostline.data import Batch, Document, Rows, encode, read_documents, rows_at, train_byte_bpe
+from frostline.data import Rows
 from frostline.engine import (
     LoopSettings,
     Observer,
@@ -38,7 +38,6 @@ from frostline.engine.recompute import recompute_blocks
 from frostline.engine.run_state import RunState
 from frostline.environment import describe_environment, hash_file
 from frostline.errors import (
-    DataError,
     FrostlineError,
     ModelError,
     NonFiniteError,
@@ -48,7 +47,8 @@ from frostline.errors import (
     RunFolderError,
     SelectionError,
 )
-from frostline.model import load_config, load_model, load_skeleton, load_tokenizer, save_model, untie
+from frostline.feed import batches_of, get_tokenizer, held_out_batches, make_rows
+from frostline.model import load_model, load_skeleton, save_model, untie
 from frostline.plan import (
     Batching,
     Plan,
@@ -60,10 +60,10 @@ from frostline.plan import (
     plan_to_json,
     points_for,
 )
-from frostline.recipe import Recipe, ScratchModel, TrainedTokenizer, dump_yaml, load_recipe, stage_name
+from frostline.recipe import Recipe, ScratchModel, dump_yaml, load_recipe, stage_name
 from frostline.run_folder import RunFolder, State, storage_errors, write_text
 from frostline.saver import Saver
-from frostline.schedule import Schedule, Stage, StepSize, make_groups
+from frostline.schedule import Schedule, StepSize, make_groups
 from frostline.selection import Selection, select
 
 FLOW_EVERY = 50
@@ -162,11 +162,11 @@ def carry_out(
                 model,
                 prepared.anatomy,
                 prepared.schedule,
-                batches_of(prepared, ready.device),
+                batches_of(recipe, prepared.train_rows, ready.device),
                 next_token_loss,
                 folder=folder,
                 settings=replace(settings, watch=meters if ready.plan else None, save=saver),
-                held_out=held_out_batches(prepared, ready.device),
+                held_out=held_out_batches(recipe, prepared.held_out_rows, ready.device),
                 observers=[*observers, *logs],
                 stop=stop,
                 resumed=resumed,
@@ -260,9 +260,8 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
         untie(skeleton)
     anatomy = read_anatomy(skeleton)
     selections = make_selections(recipe, anatomy)
-    documents = read_documents(recipe.data.train)
-    tokenizer = get_tokenizer(recipe, documents, trust_remote_code=trust_remote_code)
-    train_rows, held_out_rows = make_rows(recipe, documents, tokenizer)
+    tokenizer = get_tokenizer(recipe, trust_remote_code=trust_remote_code)
+    train_rows, held_out_rows = make_rows(recipe, tokenizer)
     schedule = make_schedule(recipe, selections, n_rows=len(train_rows))
     check_routes(skeleton, anatomy, schedule)
     return Prepared(
@@ -332,40 +331,6 @@ def _select(anatomy: Anatomy, expression: str, ties: str, *, stage: int) -> Sele
         raise RecipeError(f"stages[{stage}].learn: {error}") from None
 
 
-def get_tokenizer(recipe: Recipe, documents: list[Document], *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that the recipe names, the model's own, or one trained on the documents. Raises a typed error."""
-    spec = recipe.tokenizer
-    if isinstance(spec, str):
-        return load_tokenizer(spec, trust_remote_code=trust_remote_code)
-    if spec is None and isinstance(recipe.model, str):
-        return load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
-    if not documents:
-        raise DataError(f"no text to train on in {', '.join(recipe.data.train)}")
-    own = spec.vocab_size if isinstance(spec, TrainedTokenizer) else None
-    return train_byte_bpe(documents, n_vocabulary=own or load_config(recipe.model).vocab_size)
-
-
-def make_rows(recipe: Recipe, documents: list[Document], tokenizer: Any) -> tuple[Rows, Rows]:
-    """Rows to train on and rows held out. Raises `DataError` when there is too little text."""
-    data, n_vocabulary = recipe.data, load_config(recipe.model).get_text_config().vocab_size
-    rows = Rows(encode(documents, tokenizer, n_vocabulary=n_vocabulary), data.length)
-    needed = 2 if isinstance(data.held_out, float) else 1
-    if len(rows) < needed:
-        raise DataError(
-            f"too little text: {', '.join(data.train)} gives {len(rows.tokens)} tokens, and {needed} rows of "
-            f"{data.length} need {needed * data.length + 1}"
-        )
-    if isinstance(data.held_out, float):
-        return rows.split_end(data.held_out)
-    held_out = Rows(encode(read_documents(data.held_out), tokenizer, n_vocabulary=n_vocabulary), data.length)
-    if not len(held_out):
-        raise DataError(
-            f"too little held-out text: {', '.join(data.held_out)} gives {len(held_out.tokens)} tokens, and one row "
-            f"of {data.length} needs {data.length + 1}"
-        )
-    return rows, held_out
-
-
 def load_weights(prepared: Prepared, *, trust_remote_code: bool = False) -> nn.Module:
     """The model with its weights, untied if the recipe says so, its parts those that were selected from."""
     recipe = prepared.recipe
@@ -422,24 +387,6 @@ def loop_settings(recipe: Recipe, device: torch.device, points: Points | None = 
         eval_every=recipe.eval.every,
         gradients_every=recipe.evidence.gradients_every,
     )
-
-
-def batches_of(prepared: Prepared, device: torch.device) -> Callable[[int, Stage], list[Batch]]:
-    """The pure function from a step to its micro-batches."""
-    rows, recipe = prepared.train_rows, prepared.recipe
-
-    def batches(step: int, stage: Stage) -> list[Batch]:
-        indices = rows_at(step, seed=recipe.seed, n_rows=len(rows), batch=recipe.data.batch)
-        return rows.batch(indices).to(device).split(stage.spec.accumulate)
-
-    return batches
-
-
-def held_out_batches(prepared: Prepared, device: torch.device) -> list[Batch]:
-    """The first `eval.batches` held-out batches, the last one possibly smaller."""
-    rows, size = prepared.held_out_rows, prepared.recipe.data.batch
-    n = min(len(rows), size * prepared.recipe.eval.batches)
-    return [rows.batch(range(at, min(at + size, n))).to(device) for at in range(0, n, size)]
 
 
 @contextmanager

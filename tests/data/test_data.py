@@ -12,8 +12,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from frostline.data import Batch, Document, Rows, encode, read_documents, rows_at, train_byte_bpe
+from frostline.data import Batch, Document, Rows, encode, read_documents, read_examples, rows_at, train_byte_bpe
 from frostline.errors import DataError
+from frostline.recipe import DataSpec
 
 quick = settings(deadline=None, max_examples=40)
 
@@ -380,3 +381,32 @@ def test_a_vocabulary_of_every_byte_and_the_end_is_the_smallest():
 def test_text_that_looks_like_the_end_token_does_not_end_a_document(tokenizer):
     tokens = encode([Document("a<|endoftext|>b", "here")], tokenizer, n_vocabulary=300)
     assert tokens.tolist().count(tokenizer.eos_token_id) == 1
+
+
+# --- examples -------------------------------------------------------------------------------------------------------
+
+
+def plain(tmp_path, **fields):
+    return DataSpec(train=(str(tmp_path / "a.jsonl"),), **fields)
+
+
+def test_the_examples_of_texts_are_the_stream_cut_at_documents(tmp_path, tokenizer):
+    found = ["the cold river", "naïve", "over and under " * 20]
+    file = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": t}) for t in found))
+    examples = list(read_examples(plain(tmp_path), [file], tokenizer, n_vocabulary=300))
+    stream = encode(read_documents([file]), tokenizer, n_vocabulary=300)
+    np.testing.assert_array_equal(np.concatenate([e.ids for e in examples]), stream.numpy())
+    assert [e.source for e in examples] == [f"{file}:{n}" for n in (1, 2, 3)]
+    for e, text in zip(examples, found, strict=True):
+        assert e.learns.tolist() == [False] + [True] * (len(e.ids) - 1)
+        first = tokenizer.decode(e.ids[:1])
+        assert e.n_bytes == len(text.encode()) - len(first.encode())
+
+
+def test_reading_examples_is_lazy(tmp_path, tokenizer):
+    rows = [json.dumps({"text": "the river"})] * 200 + ["no json"]
+    file = write(tmp_path / "a.jsonl", "\n".join(rows))
+    examples = read_examples(plain(tmp_path), [file], tokenizer, n_vocabulary=300)
+    assert next(examples).source.endswith(":1")
+    with pytest.raises(DataError, match=":201: not valid JSON"):
+        list(examples)

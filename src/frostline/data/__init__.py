@@ -1,7 +1,19 @@
-"""Data: text → tokens → rows → batches. Read `tokens.py`, then `order.py`."""
+"""Data: files → examples → rows → batches. Read `example.py`, then `tokens.py` and `order.py`."""
 
+from frostline.data.example import Example, read_examples
 from frostline.data.order import rows_at
-from frostline.data.text import Document, read_documents
+from frostline.data.text import Document, iter_documents, read_documents
 from frostline.data.tokens import Batch, Rows, encode, train_byte_bpe
 
-__all__ = ["Batch", "Document", "Rows", "encode", "read_documents", "rows_at", "train_byte_bpe"]
+__all__ = [
+    "Batch",
+    "Document",
+    "Example",
+    "Rows",
+    "encode",
+    "iter_documents",
+    "read_documents",
+    "read_examples",
+    "rows_at",
+    "train_byte_bpe",
+]

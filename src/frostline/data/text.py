@@ -24,11 +24,14 @@ class Document:
 
 def read_documents(paths: Iterable[str | Path]) -> list[Document]:
     """Every document of the files and folders, in the order given, folders sorted by name. Raises `DataError`."""
-    documents: list[Document] = []
+    return list(iter_documents(paths))
+
+
+def iter_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
+    """The same, one after another."""
     for path in map(Path, paths):
-        files = _files_of(path)
-        documents += [d for file in files for d in _documents_of(file)]
-    return documents
+        for file in _files_of(path):
+            yield from _documents_of(file)
 
 
 def _files_of(path: Path) -> list[Path]:

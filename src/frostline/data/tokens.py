@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from frostline.data.text import Document
 from frostline.errors import DataError
@@ -70,6 +71,34 @@ class Rows:
         return Rows(self.tokens[: cut + 1], self.length), Rows(self.tokens[cut:], self.length)
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One text between the tokenizer's begin and end tokens, where it has them."""
+
+    ids: list[int]
+    first_end: int
+    """Characters of the text that the first token stands for: 0 where it is a begin token."""
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[Tokens]:
+    """Each text as tokens. Text that happens to read like a special token stays text."""
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    settings = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    encoded = tokenizer(list(texts), verbose=False, **settings)
+    first_ends = [0 if begin else _first_end(encoded, i, texts[i]) for i in range(len(texts))]
+    return [Tokens([*begin, *ids, *end], first) for ids, first in zip(encoded["input_ids"], first_ends, strict=True)]
+
+
+def _first_end(encoded: Any, index: int, text: str) -> int:
+    """Where the first token of a text ends; a tokenizer that knows no places is taken to begin with one character."""
+    ids = encoded["input_ids"][index]
+    if not ids:
+        return 0
+    chars = encoded.token_to_chars(index, 0) if isinstance(encoded, BatchEncoding) and encoded.is_fast else None
+    return int(chars.end) if chars is not None else min(1, len(text))
+
+
 def encode(documents: Iterable[Document], tokenizer: Any, *, n_vocabulary: int) -> torch.Tensor:
     """One stream of tokens, int32: each document between the tokenizer's begin and end tokens, where it has them.
 
@@ -78,18 +107,18 @@ def encode(documents: Iterable[Document], tokenizer: Any, *, n_vocabulary: int) 
     texts = [d.text for d in documents]
     if not texts:
         return torch.empty(0, dtype=torch.int32)
-    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    # text that happens to read like the end token stays text
-    settings = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    encoded = tokenizer(texts, verbose=False, **settings)["input_ids"]
-    tokens = torch.cat([torch.tensor([*begin, *ids, *end], dtype=torch.int32) for ids in encoded])
-    if len(tokens) and int(tokens.max()) >= n_vocabulary:
+    tokens = np.concatenate([np.asarray(t.ids, dtype=np.int32) for t in encode_texts(texts, tokenizer)])
+    check_vocabulary(tokens, n_vocabulary)
+    return torch.from_numpy(tokens)
+
+
+def check_vocabulary(ids: np.ndarray[Any, np.dtype[np.int32]], n_vocabulary: int) -> None:
+    """Raise `DataError` when a token lies outside the model's vocabulary."""
+    if len(ids) and int(ids.max()) >= n_vocabulary:
         raise DataError(
-            f"the tokenizer gives token {int(tokens.max())}, but the model's vocabulary has {n_vocabulary} entries: "
+            f"the tokenizer gives token {int(ids.max())}, but the model's vocabulary has {n_vocabulary} entries: "
             "they do not belong together"
         )
-    return tokens
 
 
 def train_byte_bpe(documents: Iterable[Document], *, n_vocabulary: int) -> PreTrainedTokenizerFast:
