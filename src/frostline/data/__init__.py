@@ -1,17 +1,20 @@
-"""Data: files → examples → rows → batches. Read `example.py`, then `tokens.py` and `order.py`."""
+"""Data: files → examples → rows → batches. Read `example.py`, then `batch.py`, `tokens.py` and `order.py`."""
 
+from frostline.data.batch import Batch, Documents, model_inputs
 from frostline.data.example import Example, read_examples
 from frostline.data.order import rows_at
 from frostline.data.text import Document, iter_documents, read_documents
-from frostline.data.tokens import Batch, Rows, encode, train_byte_bpe
+from frostline.data.tokens import Rows, encode, train_byte_bpe
 
 __all__ = [
     "Batch",
     "Document",
+    "Documents",
     "Example",
     "Rows",
     "encode",
     "iter_documents",
+    "model_inputs",
     "read_documents",
     "read_examples",
     "rows_at",

@@ -16,34 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from frostline.data.batch import Batch
 from frostline.data.text import Document
 from frostline.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Rows that are computed together."""
-
-    input_ids: torch.Tensor
-    """(rows, length), int64."""
-    labels: torch.Tensor
-    """(rows, length), int64: the next token; -100 counts for nothing."""
-
-    @property
-    def n_targets(self) -> int:
-        """Tokens that count in the loss."""
-        return int((self.labels != -100).sum())
-
-    def to(self, device: torch.device) -> Batch:
-        """The same rows on another device."""
-        return Batch(input_ids=self.input_ids.to(device), labels=self.labels.to(device))
-
-    def split(self, n: int) -> list[Batch]:
-        """`n` micro-batches of equal size (`n` divides the rows)."""
-        ids, labels = self.input_ids.chunk(n), self.labels.chunk(n)
-        return [Batch(input_ids=i, labels=t) for i, t in zip(ids, labels, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +37,10 @@ class Rows:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows at `indices`, in that order."""
-        starts = torch.tensor(list(indices), dtype=torch.long) * self.length
+        indices = tuple(map(int, indices))
+        starts = torch.tensor(indices, dtype=torch.long) * self.length
         window = self.tokens[starts[:, None] + torch.arange(self.length + 1)].long()
-        return Batch(input_ids=window[:, :-1].contiguous(), labels=window[:, 1:].contiguous())
+        return Batch(input_ids=window[:, :-1].contiguous(), labels=window[:, 1:].contiguous(), indices=indices)
 
     def split_end(self, share: float) -> tuple[Rows, Rows]:
         """Rows without their end, and the end: `share` of the rows, at least one."""

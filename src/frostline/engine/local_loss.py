@@ -5,6 +5,8 @@ With `block.in` stopped everywhere each block learns from its own loss alone. Re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -28,16 +30,16 @@ def local_loss(points: Points) -> LossFunction:
 
 
 def _block_losses(points: Points, model: nn.Module, batch: Batch) -> list[torch.Tensor]:
-    logits, outputs = run_watched(points, model, batch.input_ids)
+    logits, outputs = run_watched(points, model, batch.inputs)
     assert points.tail is not None
     return [_summed(x, batch.labels) for x in (*map(points.tail, outputs[:-1]), logits)]
 
 
-def run_watched(points: Points, model: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def run_watched(points: Points, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The model's logits and every block's output."""
     blocks = [b.block for b in points.blocks]
     with watched(blocks):
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
         outputs = [b.gave for b in blocks]
     return logits, [o for o in outputs if o is not None]
 

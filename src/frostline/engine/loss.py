@@ -17,7 +17,7 @@ from frostline.schedule import Stage
 
 def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Sum over `batch.n_targets` tokens of −log p(label), natural logarithm, in fp32 or wider; shape ()."""
-    logits_BTV = model(input_ids=batch.input_ids, use_cache=False).logits
+    logits_BTV = model(**batch.inputs, use_cache=False).logits
     if logits_BTV.dtype != torch.float64:
         logits_BTV = logits_BTV.float()
     return functional.cross_entropy(

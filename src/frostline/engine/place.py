@@ -79,7 +79,7 @@ def find_tail(model: nn.Module, anatomy: Anatomy, points: Points) -> nn.Module:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
-        logits, outputs = run_watched(points, model, ids)
+        logits, outputs = run_watched(points, model, {"input_ids": ids})
         same = torch.equal(logits, tail(outputs[-1]))
     for module, training in modes.items():
         module.training = training

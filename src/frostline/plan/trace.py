@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy, Component, Slice, find_blocks, intersect, module_of, parse_path
+from frostline.data import model_inputs
 from frostline.engine import Points, loss_of, set_routes, step
 from frostline.engine.optimizers import FOREIGN, state_bytes
 from frostline.engine.recompute import recomputing
@@ -38,6 +39,11 @@ class FakeRows:
     input_ids: torch.Tensor
     labels: torch.Tensor
     n_targets: int
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
+        return model_inputs(self.input_ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
