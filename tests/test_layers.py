@@ -20,6 +20,8 @@ ROWS: dict[str, float] = {
     "terminal_moe": 8.5,
     "generate": 7,
     "experts": 7,
+    "choices": 4.5,
+    "measuring": 6.5,
     "resume": 7.5,
     "export": 7.5,
     "saver": 6,

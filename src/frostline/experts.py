@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from frostline.anatomy import read_anatomy
+from frostline.anatomy import Anatomy, read_anatomy
 from frostline.data import Rows, encode, read_documents
-from frostline.errors import DataError
+from frostline.errors import DataError, ModelError
 from frostline.model import load_model, load_tokenizer
-from frostline.moe import Usage, measure_usage
+from frostline.moe import Usage, measure_usage, read_esft, scores_of
 from frostline.run_folder import checkpoint_of
+from frostline.selection import needs, plain
 
 
 def experts_on(
@@ -37,3 +38,26 @@ def experts_on(
         raise DataError(f"too little text: {', '.join(map(str, files))} gives less than one row of {length} tokens")
     batches = (text.batch(range(at, min(at + rows, n))).input_ids for at in range(0, n, rows))
     return measure_usage(loaded, read_anatomy(loaded), batches)
+
+
+def plain_in(
+    model: str,
+    anatomy: Anatomy,
+    *expressions: str | None,
+    data: Iterable[str | Path] | None = None,
+    length: int = 256,
+    trust_remote_code: bool = False,
+) -> dict[str, str]:
+    """Selections as plain ones: experts ranked by what `model` uses on the text files `data`, ESFT's files read.
+
+    Without `data` a ranking stays as it is, and cannot be resolved. Raises a `FrostlineError`.
+    """
+    given = [e for e in expressions if e is not None]
+    wanted = {e: needs(e) for e in given}
+    files = {path: read_esft(path, anatomy) for n in wanted.values() for path in n.files}
+    if data is not None and not any(n.scores for n in wanted.values()):
+        raise ModelError("--data measures which experts a text uses, but nothing is ranked: experts[top 4 by tokens]")
+    scores = None
+    if data is not None:
+        scores = scores_of(experts_on(model, data, length=length, trust_remote_code=trust_remote_code))
+    return {e: plain(anatomy, e, scores=scores, files=files) for e in given}

@@ -9,6 +9,8 @@ from typing import Any
 
 from frostline.anatomy import fingerprint, take
 from frostline.checkpoints import Checkpoint, Checkpoints, Rejected
+from frostline.choices import FILE as CHOICE
+from frostline.choices import read_choice, wants_measurement
 from frostline.engine import Observer
 from frostline.engine.record import cut_pieces, named_tensors
 from frostline.engine.run_state import RunState, from_files
@@ -65,7 +67,10 @@ def resume(
             )
         for line in differences:
             say(f"inexact: {line}")
-        ready = make_ready(recipe, trust_remote_code=trust_remote_code)
+        choice = read_choice(folder)
+        if choice is None and wants_measurement(recipe):
+            raise RunFolderError(f"{run} has lost {CHOICE}, which says which experts it chose to train")
+        ready = make_ready(recipe, choice=choice, trust_remote_code=trust_remote_code)
         with damaged_records(folder.path):
             state = _state(checkpoint, ready, folder) if checkpoint else None
         folder.rewind(state.records if state else {})

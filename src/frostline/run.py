@@ -22,6 +22,7 @@ from torch import nn
 from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.checkpoints import Checkpoints
+from frostline.choices import Choice, make_choice, write_choice
 from frostline.data import Rows
 from frostline.engine import (
     LoopSettings,
@@ -48,6 +49,7 @@ from frostline.errors import (
     SelectionError,
 )
 from frostline.feed import batches_of, get_tokenizer, held_out_batches, make_rows
+from frostline.measuring import choose
 from frostline.model import load_model, load_skeleton, save_model, untie
 from frostline.plan import (
     Batching,
@@ -77,6 +79,8 @@ class Prepared:
     recipe: Recipe
     anatomy: Anatomy
     schedule: Schedule
+    choice: Choice | None
+    """What selections were resolved to where the model alone does not decide."""
     tokenizer: Any
     train_rows: Rows
     held_out_rows: Rows
@@ -128,9 +132,13 @@ class Ready:
     plan: Plan | None
 
 
-def make_ready(recipe: Recipe, *, trust_remote_code: bool = False) -> Ready:
-    """Check a recipe, load its model, plan it; writes nothing. Raises a `FrostlineError`."""
-    prepared = prepare(recipe, trust_remote_code=trust_remote_code)
+def make_ready(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: bool = False) -> Ready:
+    """Check a recipe, load its model, plan it; writes nothing. `choice`: kept by the run that goes on.
+
+    Raises a `FrostlineError`.
+    """
+    choice = choice or choose(recipe, trust_remote_code=trust_remote_code)
+    prepared = prepare(recipe, choice=choice, trust_remote_code=trust_remote_code)
     device = choose_device(recipe)
     model = load_weights(prepared, trust_remote_code=trust_remote_code)
     model.to(device)
@@ -253,13 +261,17 @@ def save_result(model: nn.Module, tokenizer: Any, folder: RunFolder) -> None:
         folder.write_model_files({p.name: hash_file(p) for p in sorted(folder.model.glob("*")) if p.is_file()})
 
 
-def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
-    """Check a recipe against its model and data; reads no weights and writes nothing. Raises a `FrostlineError`."""
+def prepare(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: bool = False) -> Prepared:
+    """Check a recipe against its model and data; reads no weights and writes nothing.
+
+    `choice`: what its selections mean where they depend on a measurement. Raises a `FrostlineError`.
+    """
     skeleton = load_skeleton(recipe.model, trust_remote_code=trust_remote_code)
     if recipe.ties == "untie":
         untie(skeleton)
     anatomy = read_anatomy(skeleton)
-    selections = make_selections(recipe, anatomy)
+    choice = choice or make_choice(recipe, anatomy)
+    selections = make_selections(recipe, anatomy, choice)
     tokenizer = get_tokenizer(recipe, trust_remote_code=trust_remote_code)
     train_rows, held_out_rows = make_rows(recipe, tokenizer)
     schedule = make_schedule(recipe, selections, n_rows=len(train_rows))
@@ -268,18 +280,20 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
         recipe=recipe,
         anatomy=anatomy,
         schedule=schedule,
+        choice=choice,
         tokenizer=tokenizer,
         train_rows=train_rows,
         held_out_rows=held_out_rows,
     )
 
 
-def make_selections(recipe: Recipe, anatomy: Anatomy) -> list[Selection]:
+def make_selections(recipe: Recipe, anatomy: Anatomy, choice: Choice | None = None) -> list[Selection]:
     """What learns in each stage. Raises `RecipeError` naming the stage: for its selection, its settings by part, or an
     optimizer that is not installed."""
     selections = []
     for i, spec in enumerate(recipe.stages):
-        selections.append(_select(anatomy, spec.learn, recipe.ties, stage=i))
+        learn = choice.of(spec.learn) if choice else spec.learn
+        selections.append(_select(anatomy, learn, recipe.ties, stage=i))
         check_installed(spec.optimizer.name)
         try:
             make_groups(selections[-1], spec)
@@ -355,6 +369,8 @@ def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
     base = recipe.model if isinstance(recipe.model, str) else None
     folder = RunFolder.create(out)
     folder.write_status("running", step=0)
+    if prepared.choice:
+        write_choice(folder, prepared.choice)
     write_text(folder.recipe, dump_yaml(recipe.as_dict()))
     folder.write_json(
         "environment.json",

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from frostline.cli import app
 from frostline.moe import PAIRS
 from frostline.recipe import load_recipe
-from frostline.selection import select
+from frostline.selection import plain, select
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "moe.md").read_text(encoding="utf-8")
@@ -59,4 +59,7 @@ def test_the_pages_selections_mean_something():
     (table,) = re.findall(r"\| `learn` \| what learns \|\n\|---\|---\|\n(.*?)\n\n", PAGE, re.S)
     for row in table.splitlines():
         expression = re.findall(r"`([^`]+)`", row)[0]
-        assert select(tiny.anatomy("mixtral"), expression).n_elements
+        scores = {by: {f"layers[{i}].ffn": (0.4, 0.3, 0.2, 0.1) for i in range(3)} for by in ("tokens", "gate")}
+        files = {"experts.json": "experts[1]"}
+        known = plain(tiny.anatomy("mixtral"), expression, scores=scores, files=files)
+        assert select(tiny.anatomy("mixtral"), known).n_elements

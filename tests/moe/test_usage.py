@@ -11,9 +11,9 @@ import torch
 
 from frostline.anatomy import read_anatomy
 from frostline.errors import ModelError, RecipeError
-from frostline.moe import cover, expression_of, find_sites, measure_usage, read_esft, top, usage_to_json, write_esft
+from frostline.moe import cover, find_sites, measure_usage, read_esft, top, usage_to_json, write_esft
 from frostline.moe.usage import SiteUsage, Usage
-from frostline.selection import select
+from frostline.selection import expression_of, select
 
 SITE = SiteUsage(site="layers[0].ffn", layer=0, load=(10, 60, 0, 30), gate=(0.3, 0.2, 0.0, 0.5))
 USAGE = Usage(n_tokens=50, sites=(SITE, SiteUsage(site="layers[1].ffn", layer=1, load=(25,) * 4, gate=(0.25,) * 4)),

@@ -7,6 +7,7 @@ import math
 from frostline.anatomy import Anatomy, Slice, intersect, reaches_outside, subtract_all
 from frostline.audit.states import States
 from frostline.audit.verdicts import RAN_TO_ITS_END, Basis, Evidence, Row
+from frostline.choices import contradictions, read_choice
 from frostline.environment import hash_file
 from frostline.errors import FrostlineError, RunFolderError
 from frostline.recipe import StageSpec, load_recipe, stage_name
@@ -79,6 +80,7 @@ def evidence_of(
         _model_files(folder),
         _foreign_tensors(states),
         _recipe(folder, anatomy, stages),
+        *_choice(folder, anatomy),
         _finite(folder),
         _strays(folder, anatomy, stages),
         *([_past_stops(folder, anatomy, stages, pieces)] if any(cut_off(s, anatomy) for s in stages) else []),
@@ -121,9 +123,11 @@ def _recipe(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> E
     step_size = StepSize(**size) if size else None
     if len(recipe.stages) != len(stages):
         wrong.append(f"{len(recipe.stages)} stages instead of {len(stages)}")
+    choice = read_choice(folder)
     for i, (spec, stage) in enumerate(zip(recipe.stages, stages, strict=False)):
+        learn = choice.of(spec.learn) if choice else spec.learn
         try:
-            selection = select(anatomy, spec.learn, ties="together" if recipe.ties == "together" else "error")
+            selection = select(anatomy, learn, ties="together" if recipe.ties == "together" else "error")
         except FrostlineError as error:
             wrong.append(f"{stage.name}: {error.args[0].splitlines()[0]}")
             continue
@@ -132,6 +136,18 @@ def _recipe(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> E
         if not same or stage.end != _due_end(folder, stage, spec, planned or 0) or stage.name != stage_name(recipe, i):
             wrong.append(f"{stage.name}: learn {spec.learn}, {planned} steps")
     return _check(claim, wrong, "recomputed")
+
+
+def _choice(folder: RunFolder, anatomy: Anatomy) -> list[Evidence]:
+    """What selections were resolved to, where that was measured or read from a file, follows from what was kept."""
+    choice = read_choice(folder)
+    if choice is None:
+        return []
+    try:
+        wrong = contradictions(choice, anatomy)
+    except FrostlineError as error:
+        wrong = [str(error).splitlines()[0]]
+    return [_check("selections that do not follow from their measurement or file", wrong, "recomputed")]
 
 
 def _due_end(folder: RunFolder, stage: StageRecord, spec: StageSpec, planned: int) -> float:

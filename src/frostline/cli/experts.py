@@ -74,8 +74,9 @@ def experts_used(
     """Say which experts a text uses, how alike they are, and choose some by that."""
     from frostline.experts import experts_on
     from frostline.moe import cover as cover_share
-    from frostline.moe import expression_of, usage_to_json, write_esft
     from frostline.moe import top as top_n
+    from frostline.moe import usage_to_json, write_esft
+    from frostline.selection import expression_of
     from frostline.terminal_moe import print_usage
 
     if top is not None and cover is not None:

@@ -43,26 +43,34 @@ def parts(
 @errors_for_people
 def select(
     model: Model,
-    expression: Annotated[str, typer.Argument(help="Such as 'ffn & layers[2:]'.")],
+    expression: Annotated[str, typer.Argument(help="Such as 'ffn & layers[2:]' or 'experts[top 4 by tokens]'.")],
     together: Annotated[bool, typer.Option("--together", help="Let tied parts follow each other.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List the exact slices of every tensor.")] = False,
     against: Annotated[
         str | None, typer.Option(metavar="EXPRESSION", help="A second expression: show where the two differ.")
     ] = None,
+    texts: Annotated[
+        list[Path] | None, typer.Option("--data", help="Text by whose use experts are ranked; may be repeated.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="With --data: tokens per row.", min=1)] = 256,
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Show what an expression selects, term by term."""
     from dataclasses import asdict
 
+    from frostline.experts import plain_in
     from frostline.selection import compare, selection_to_json
     from frostline.selection import select as select_in
     from frostline.terminal import comparison_table, selection_table, slices_table
 
     anatomy = anatomy_of(model, trust_remote_code)
     ties: Literal["together", "error"] = "together" if together else "error"
-    first = select_in(anatomy, expression, ties=ties)
-    second = select_in(anatomy, against, ties=ties) if against is not None else None
+    known = plain_in(
+        model, anatomy, expression, against, data=texts, length=length, trust_remote_code=trust_remote_code
+    )
+    first = select_in(anatomy, known[expression], ties=ties)
+    second = select_in(anatomy, known[against], ties=ties) if against is not None else None
     if as_json:
         data = {"schema": 1, **selection_to_json(first)}
         if second is not None:

@@ -2,7 +2,8 @@
 
 Two scores of an expert, as in ESFT (arXiv 2407.01906): `tokens`, its share of all choices of its layer, and `gate`, its
 share of the weight that the layer's router gives. Both sum to 1 over a layer. `measure_usage` measures, `top` and
-`cover` choose, `expression_of` writes what was chosen as a plain selection. Read `measure_usage` first.
+`cover` choose, `scores_of` is what selections such as `experts[top 4 by tokens]` are resolved with. Read
+`measure_usage` first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +22,9 @@ from frostline.anatomy import Anatomy, Component, take
 from frostline.errors import ModelError, RecipeError
 from frostline.moe.balance import load_of
 from frostline.moe.sites import Site, choice_of, find_sites, watch_routers
+from frostline.selection import Scores, chosen, expression_of
+from frostline.selection.grammar import SCORES, Ranked, Score
 
-Score = Literal["tokens", "gate"]
 Chosen = dict[str, tuple[int, ...]]
 """Site, such as `layers[3].ffn` → experts, the highest score first."""
 
@@ -182,34 +184,19 @@ def top(usage: Usage, n: int, by: Score) -> Chosen:
     most = min(len(s.load) for s in usage.sites)
     if not 1 <= n <= most:
         raise RecipeError(f"top {n}: a layer of this model has {most} experts; name 1 to {most}")
-    return {s.site: tuple(_ranked(s, by)[:n]) for s in usage.sites}
+    return {s.site: tuple(chosen(Ranked(n, by), s.scores(by))) for s in usage.sites}
 
 
 def cover(usage: Usage, share: float, by: Score) -> Chosen:
     """In every layer, the fewest experts whose scores sum to at least `share`."""
     if not 0 < share <= 1:
         raise RecipeError(f"cover {share}: name a share above 0 and at most 1")
-    return {s.site: tuple(_covering(s, share, by)) for s in usage.sites}
+    return {s.site: tuple(chosen(Ranked(float(share), by), s.scores(by))) for s in usage.sites}
 
 
-def _ranked(site: SiteUsage, by: Score) -> list[int]:
-    scores = site.scores(by)
-    return sorted(range(len(scores)), key=lambda e: (-scores[e], e))
-
-
-def _covering(site: SiteUsage, share: float, by: Score) -> list[int]:
-    scores, out, total = site.scores(by), [], 0.0
-    for e in _ranked(site, by):
-        out.append(e)
-        total += scores[e]
-        if total >= share - 1e-12:  # scores that sum to 1 up to rounding cover a share of 1
-            break
-    return out
-
-
-def expression_of(chosen: Chosen) -> str:
-    """What was chosen as a plain selection: `layers[0].ffn.experts[1,3] | …`."""
-    return " | ".join(f"{site}.experts[{','.join(map(str, sorted(experts)))}]" for site, experts in chosen.items())
+def scores_of(usage: Usage) -> Scores:
+    """What selections are ranked by."""
+    return {by: {s.site: s.scores(by) for s in usage.sites} for by in SCORES}
 
 
 # --- ESFT's expert configurations
@@ -225,9 +212,17 @@ def write_esft(chosen: Chosen, path: str | Path, *, shared_experts: bool = False
 def read_esft(path: str | Path, anatomy: Anatomy) -> str:
     """The plain selection that an ESFT expert configuration means in a model. Raises `RecipeError`."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        experts = {int(layer): tuple(int(e) for e in chosen) for layer, chosen in data["experts"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return esft_expression(Path(path).read_text(encoding="utf-8"), anatomy, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+
+
+def esft_expression(text: str, anatomy: Anatomy, path: str | Path) -> str:
+    """The same from the file's text; `path` is for messages."""
+    try:
+        data = json.loads(text)
+        experts = {int(layer): tuple(int(e) for e in numbers) for layer, numbers in data["experts"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecipeError(f"{path} is no expert configuration of ESFT: {type(error).__name__}: {error}") from None
     sites = {c.path[0][1] or 0: c.name.partition(".experts[")[0] for c in anatomy.components if ".experts[" in c.name}
     missing = sorted(set(experts) - set(sites))
@@ -235,8 +230,8 @@ def read_esft(path: str | Path, anatomy: Anatomy) -> str:
         raise RecipeError(
             f"{path} names layer {missing[0]}, which has no experts; layers with experts: {sorted(sites)}"
         )
-    chosen = {sites[layer]: chosen for layer, chosen in sorted(experts.items()) if chosen}
-    terms = [expression_of(chosen)] if chosen else []
+    by_site = {sites[layer]: numbers for layer, numbers in sorted(experts.items()) if numbers}
+    terms = [expression_of(by_site)] if by_site else []
     has_shared = any("shared_expert" in c.name for c in anatomy.components)
     if data.get("non_expert_modules"):
         terms.append("(all - experts - shared_expert)" if has_shared else "(all - experts)")
@@ -249,6 +244,14 @@ def read_esft(path: str | Path, anatomy: Anatomy) -> str:
 
 def _layer(site: str) -> str:
     return site.partition("[")[2].partition("]")[0]
+
+
+def usage_from_json(data: Mapping[str, Any]) -> Usage:
+    """The inverse of `usage_to_json`, likeness left out."""
+    sites = tuple(
+        SiteUsage(site=s["site"], layer=s["layer"], load=tuple(s["load"]), gate=tuple(s["gate"])) for s in data["sites"]
+    )
+    return Usage(n_tokens=data["n_tokens"], sites=sites, likeness=())
 
 
 def usage_to_json(usage: Usage) -> dict[str, Any]:

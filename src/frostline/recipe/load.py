@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -56,6 +58,7 @@ def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
     values = document.values
     overridden = [_apply_override(values, text) for text in overrides]
     _make_paths_absolute(values, base=path.resolve().parent, overridden=overridden)
+    _make_esft_paths_absolute(values, base=path.resolve().parent, overridden=overridden)
     return _validate(values, document=document, where=str(path))
 
 
@@ -91,7 +94,10 @@ def _plain_stages(stages: Any, document: YamlDocument, where: str) -> tuple[list
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data; paths are relative to the working directory. Raises `RecipeError`."""
     copied = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    if isinstance(copied.get("stages"), (list, tuple)):
+        copied["stages"] = deepcopy(list(copied["stages"]))
     _make_paths_absolute(copied, base=Path.cwd(), overridden=[])
+    _make_esft_paths_absolute(copied, base=Path.cwd(), overridden=[])
     return _validate(copied, document=YamlDocument(values=copied, lines={}), where="recipe")
 
 
@@ -239,6 +245,28 @@ def _make_paths_absolute(values: dict[str, Any], *, base: Path, overridden: list
             parent[path[-1]] = absolute(value, path)
         elif isinstance(value, (list, tuple)):
             parent[path[-1]] = [absolute(v, (*path, i)) for i, v in enumerate(value)]
+
+
+def _make_esft_paths_absolute(values: dict[str, Any], *, base: Path, overridden: list[KeyPath]) -> None:
+    """In every stage's `learn`, the files of `esft("…")`."""
+
+    def visit(stages: Any, path: KeyPath) -> None:
+        for i, stage in enumerate(stages if isinstance(stages, list) else ()):
+            key = (*path, i, "learn")
+            if isinstance(stage, dict) and isinstance(stage.get("learn"), str):
+                start = Path.cwd() if any(o == key[: len(o)] for o in overridden) else base
+                stage["learn"] = _ESFT.sub(partial(_absolute_esft, base=start, key=key), stage["learn"])
+            if isinstance(stage, dict):
+                visit(stage.get("stages"), (*path, i, "stages"))
+
+    visit(values.get("stages"), ("stages",))
+
+
+_ESFT = re.compile(r"""(\besft\s*\(\s*)(["'])([^"']+)\2""")
+
+
+def _absolute_esft(match: re.Match[str], base: Path, key: KeyPath) -> str:
+    return f"{match[1]}{match[2]}{_absolute(match[3], base, key=key, may_be_name=False)}{match[2]}"
 
 
 def _absolute(value: Any, base: Path, *, key: KeyPath, may_be_name: bool) -> Any:

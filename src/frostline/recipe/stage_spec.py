@@ -83,7 +83,9 @@ class StageSpec(Record):
     """What learns, until when, how. One of `steps`, `tokens` and `epochs` says how long at most."""
 
     learn: str
-    """A selection, such as `ffn`, `attn.q & layers[2:]`, `all - embed`."""
+    """A selection, such as `ffn`, `attn.q & layers[2:]`, `all - embed`. `experts[top 4 by tokens]`,
+    `experts[cover 0.2 by gate]` are measured on the training data when the run starts; `esft("FILE")` is an expert
+    configuration of ESFT."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps."""
     tokens: Annotated[int, Field(ge=1)] | None = None

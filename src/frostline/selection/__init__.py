@@ -1,6 +1,7 @@
 """Selections: what learns, as an expression and as a set of slices. Read `selection.py`, `resolve.py`, `grammar.py`."""
 
 from frostline.selection.grammar import parse
+from frostline.selection.outside import Needs, Scores, chosen, expression_of, needs, plain
 from frostline.selection.resolve import GROUPS, Match, known_names
 from frostline.selection.selection import Difference, Selection, compare, select, selection_to_json, shared_heads
 
@@ -8,10 +9,16 @@ __all__ = [
     "GROUPS",
     "Difference",
     "Match",
+    "Needs",
+    "Scores",
     "Selection",
+    "chosen",
     "compare",
+    "expression_of",
     "known_names",
+    "needs",
     "parse",
+    "plain",
     "select",
     "selection_to_json",
     "shared_heads",

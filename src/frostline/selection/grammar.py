@@ -5,8 +5,12 @@
     factor  = "~" factor | "(" expr ")" | path | param
     path    = segment { "." segment }
     segment = name [ "[" item { "," item } "]" ] | "{" name { "," name } "}"
-    item    = int | [int] ":" [int] [ ":" [int] ]
+    item    = int | [int] ":" [int] [ ":" [int] ] | ranked
+    ranked  = ( "top" int | "cover" share ) "by" ( "tokens" | "gate" )      of `experts`, alone in its brackets
     param   = "param" "(" quoted pattern ")"          a tensor's own name, with *, ? and [abc]
+    esft    = "esft" "(" quoted file ")"              an expert configuration of ESFT, where a path may stand
+
+A `ranked` item and an `esft` file are not known from the model alone: `outside.py` writes them as plain selections.
 
 `~` binds tighter than `&` and `-`, these tighter than `|`. Every node keeps its column (0-based), so that errors
 point at the text. Read `parse` first.
@@ -16,11 +20,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
-from frostline.errors import SelectionError
+from frostline.errors import SelectionError, did_you_mean
 
+Score = Literal["tokens", "gate"]
+SCORES: tuple[Score, ...] = ("tokens", "gate")
+"""What experts are ranked by: their share of a layer's choices, or of the weight its router gives."""
 MAX_DEPTH = 50
 """Nested parentheses and complements allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """The experts of each layer with the highest score: so many, or the fewest that have a share of it."""
+
+    amount: int | float
+    """`top`: a number of experts; `cover`: a share of the score, above 0 and at most 1."""
+    by: str
+    """One of `SCORES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +47,7 @@ class Item:
 
     text: str
     column: int
-    value: int | slice
+    value: int | slice | Ranked
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +57,12 @@ class PathSegment:
     names: tuple[str, ...]
     columns: tuple[int, ...]
     items: tuple[Item, ...] | None
+
+    @property
+    def text(self) -> str:
+        """The step as it is written."""
+        names = self.names[0] if len(self.names) == 1 else "{" + ",".join(self.names) + "}"
+        return names + (f"[{','.join(i.text for i in self.items)}]" if self.items else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +85,15 @@ class Param:
 
 
 @dataclass(frozen=True, slots=True)
+class Esft:
+    """A leaf: the file of an expert configuration of ESFT."""
+
+    text: str
+    column: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class Complement:
     """`~ x`: everything but x."""
 
@@ -78,7 +111,7 @@ class Binary:
     right: Expr
 
 
-Leaf = Path | Param
+Leaf = Path | Param | Esft
 Expr = Leaf | Complement | Binary
 
 _TOKEN = re.compile(
@@ -179,6 +212,8 @@ class _Parser:
             return inside
         if self.token.text == "param" and self.tokens[self.at + 1].kind == "(":
             return self.param()
+        if self.token.text == "esft" and self.tokens[self.at + 1].kind == "(":
+            return self.esft()
         return self.path()
 
     def nested(self, token: _Token) -> int:
@@ -195,6 +230,15 @@ class _Parser:
         if not pattern.text:
             raise self.error("a name cannot be empty", pattern.column)
         return Param(self.text[start : closing.column + 1], start, pattern.text, pattern.column)
+
+    def esft(self) -> Esft:
+        start = self.token.column
+        self.at += 2
+        path = self.expect("quoted", 'a quoted file, as in esft("experts.json")')
+        closing = self.expect(")", "')' after the file")
+        if not path.text:
+            raise self.error("a file's name cannot be empty", path.column)
+        return Esft(self.text[start : closing.column + 1], start, path.text)
 
     def path(self) -> Path:
         start = self.token.column
@@ -214,7 +258,13 @@ class _Parser:
         else:
             names = [self.expect("name", "the name of a part")]
         items = self.items() if self.accept("[") else None
-        return PathSegment(tuple(n.text for n in names), tuple(n.column for n in names), items)
+        found = tuple(n.text for n in names)
+        for item in items or ():
+            if isinstance(item.value, Ranked) and found != ("experts",):
+                raise self.error("only experts are ranked by use: experts[top 4 by tokens]", item.column)
+            if isinstance(item.value, Ranked) and len(items or ()) > 1:
+                raise self.error("a ranking stands alone in its brackets; join two with '|'", item.column)
+        return PathSegment(found, tuple(n.column for n in names), items)
 
     def items(self) -> tuple[Item, ...]:
         items = [self.item()]
@@ -225,6 +275,8 @@ class _Parser:
 
     def item(self) -> Item:
         start = self.token.column
+        if self.token.kind == "name":
+            return self.ranked()
         numbers: list[int | None] = [self.integer()]
         while len(numbers) < 3 and self.accept(":"):
             numbers.append(self.integer())
@@ -237,6 +289,46 @@ class _Parser:
         if len(numbers) == 3 and numbers[2] is not None and numbers[2] < 1:
             raise self.error("the step of a range must be at least 1", start)
         return Item(text, start, slice(*numbers))
+
+    def ranked(self) -> Item:
+        """`top 4 by tokens`, `cover 0.2 by gate`."""
+        kind = self.expect("name", "an index")
+        if kind.text not in ("top", "cover"):
+            near = did_you_mean(kind.text, ("top", "cover"))
+            what = "expected an index or a range such as 2:8"
+            raise self.error(f"{what}, found {kind.text!r}{'.' if near else ''}{near}", kind.column)
+        at = self.token.column
+        amount = self.number()
+        if amount is None:
+            what = "a number of experts" if kind.text == "top" else "a share, such as 0.2,"
+            raise self.error(f"expected {what} after '{kind.text}', found {self.found()}", at)
+        if kind.text == "top" and not (isinstance(amount, int) and amount >= 1):
+            raise self.error("top takes a whole number of experts, 1 or more", at)
+        if kind.text == "cover" and not 0 < amount <= 1:
+            raise self.error("cover takes a share of the score, above 0 and at most 1", at)
+        if self.token.text != "by":
+            raise self.error(f"expected 'by tokens' or 'by gate', found {self.found()}", self.token.column)
+        self.at += 1
+        score = self.expect("name", "'tokens' or 'gate'")
+        if score.text not in SCORES:
+            near = did_you_mean(score.text, SCORES)
+            raise self.error(f"experts are ranked by tokens or by gate, not by '{score.text}'.{near}", score.column)
+        value = Ranked(amount if kind.text == "top" else float(amount), score.text)
+        return Item(self.text[kind.column : score.column + len(score.text)], kind.column, value)
+
+    def number(self) -> int | float | None:
+        """A number without a sign, such as `4` or `0.25`; its point has no spaces around it."""
+        whole = self.accept("int")
+        if whole is None:
+            return None
+        point, digits = self.token, self.tokens[min(self.at + 1, len(self.tokens) - 1)]
+        end = whole.column + len(whole.text)
+        if point.kind == "." and digits.kind == "int" and (point.column, digits.column) == (end, end + 1):
+            self.at += 2
+            return float(f"{whole.text}.{digits.text}")
+        if len(whole.text) > 9:
+            raise self.error("this number is too large", whole.column)
+        return int(whole.text)
 
     def integer(self) -> int | None:
         minus = self.accept("-")

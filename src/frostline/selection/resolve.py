@@ -25,7 +25,7 @@ from frostline.anatomy import (
 )
 from frostline.anatomy.component import Segment
 from frostline.errors import SelectionError, did_you_mean
-from frostline.selection.grammar import Binary, Complement, Expr, Item, Leaf, Param, Path, PathSegment
+from frostline.selection.grammar import Binary, Complement, Esft, Expr, Item, Leaf, Param, Path, PathSegment, Ranked
 
 Slices = tuple[Slice, ...]
 Ties = Literal["error", "together"]
@@ -119,7 +119,7 @@ class Resolver:
 
     def leaf(self, leaf: Leaf) -> Slices:
         """What a path or a raw name selects; records a `Match`."""
-        found = self.named(leaf) if isinstance(leaf, Param) else self.path(leaf)
+        found = self.known(leaf)
         slices = tuple(s for s in found if self.anatomy.learnable(s))
         if not slices:
             raise self.error(f"'{leaf.text}' {self.why_nothing_learns(found)}", leaf.column)
@@ -137,6 +137,14 @@ class Resolver:
             )
         )
         return slices
+
+    def known(self, leaf: Leaf) -> Slices:
+        """The slices that a leaf names. Raises `SelectionError` for one that the model alone does not decide."""
+        if isinstance(leaf, Param):
+            return self.named(leaf)
+        if isinstance(leaf, Esft):
+            raise self.error(f"'{leaf.text}' names a file, and files are not read here: name its experts", leaf.column)
+        return self.path(leaf)
 
     def owners(self, slices: Slices) -> list[Component]:
         """The components that hold something of the slices."""
@@ -290,6 +298,8 @@ class Resolver:
         """Every index must exist somewhere."""
         for segment in segments:
             for item in segment.items or ():
+                if isinstance(item.value, Ranked):
+                    raise self.error(_not_measured(f"{segment.names[0]}[{item.text}]"), item.column)
                 counts = {n for (_, name), n in self.counts.items() if name in segment.names}
                 if not counts:
                     raise self.error(f"'{segment.names[0]}' takes no index", item.column)
@@ -396,12 +406,20 @@ def _in_attention(component: Component, *parts: str) -> bool:
 
 
 def _text(segment: PathSegment) -> str:
-    names = segment.names[0] if len(segment.names) == 1 else "{" + ",".join(segment.names) + "}"
-    return names + (f"[{','.join(i.text for i in segment.items)}]" if segment.items else "")
+    return segment.text
+
+
+def _not_measured(text: str) -> str:
+    return (
+        f"'{text}' depends on which experts a text uses, and nothing was measured.\n"
+        "  `frostline select MODEL EXPRESSION --data FILE` measures it and prints the experts by number;\n"
+        "  `frostline train` measures it on the training data when it starts."
+    )
 
 
 def in_range(item: Item, n: int) -> bool:
     """Whether an index, or both ends of a range, exist among `n`; ranges must not be empty."""
+    assert not isinstance(item.value, Ranked)
     if isinstance(item.value, int):
         return -n <= item.value < n
     ends = [e for e in (item.value.start, item.value.stop) if e is not None]
@@ -410,6 +428,7 @@ def in_range(item: Item, n: int) -> bool:
 
 def chosen(item: Item, n: int) -> range:
     """The indices that an item means among `n`."""
+    assert not isinstance(item.value, Ranked)
     if isinstance(item.value, int):
         at = item.value % n
         return range(at, at + 1)
