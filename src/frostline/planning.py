@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from frostline.anatomy import Anatomy, find_blocks, read_anatomy
+from frostline.engine import choose_loss
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError, SelectionError
 from frostline.model import Source, load_random, load_skeleton, untie
@@ -266,6 +267,8 @@ def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
     if subject.batching.recompute:
         recompute_blocks([block for _, block in find_blocks(model)])
     batching, known = subject.batching, {}
+    largest = batching.tokens // min(s.spec.accumulate for s in subject.schedule.stages)
+    language = choose_loss(batching.loss, model, subject.anatomy, n_tokens=largest).loss
     for stage in subject.schedule.stages:
         if like(stage) not in known:
             known[like(stage)] = time_stage(
@@ -277,6 +280,7 @@ def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
                 n_vocabulary=model.config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
                 bf16=batching.bf16,
                 points=points,
+                language=language,
             )
     return tuple(known[like(stage)] for stage in subject.schedule.stages)
 

@@ -26,9 +26,11 @@ from frostline.choices import Choice, make_choice, write_choice
 from frostline.data import Rows
 from frostline.engine import (
     LoopSettings,
+    LossFunction,
     Observer,
     Points,
     check_installed,
+    choose_loss,
     loss_of,
     next_token_loss,
     set_routes,
@@ -129,6 +131,8 @@ class Ready:
     model: nn.Module
     device: torch.device
     points: Points | None
+    loss: LossFunction
+    """The next-token loss, in the way that pays."""
     plan: Plan | None
 
 
@@ -148,11 +152,12 @@ def make_ready(recipe: Recipe, *, choice: Choice | None = None, trust_remote_cod
     points = points_for(prepared.schedule, model, prepared.anatomy, always=always)
     if recipe.recompute == "blocks":
         recompute_blocks([block for _, block in find_blocks(model)])
+    loss = loss_for(prepared, model)
     plan = plan_of(prepared, trust_remote_code=trust_remote_code)
     for i, stage in enumerate(plan.stages if plan else ()):
         if not stage.cost.gradient_bytes:
             raise RecipeError(f"stages[{i}]: nothing of `{stage.learn}` gets a gradient: its routes cut all of it off")
-    return Ready(prepared=prepared, model=model, device=device, points=points, plan=plan)
+    return Ready(prepared=prepared, model=model, device=device, points=points, loss=loss, plan=plan)
 
 
 def carry_out(
@@ -162,7 +167,7 @@ def carry_out(
     prepared, model, recipe = ready.prepared, ready.model, ready.prepared.recipe
     meters = StepMeters(model)
     saver = Saver(Checkpoints(folder.checkpoints, run=run_name(folder)), recipe, saved=resumed.step if resumed else 0)
-    settings = loop_settings(recipe, ready.device, ready.points)
+    settings = loop_settings(ready)
     balanced = any(s.spec.moe for s in prepared.schedule.stages)
     with stop_on_signal() as stop, log_load(model, prepared.anatomy, folder, wanted=balanced) as logs:
         try:
@@ -171,7 +176,7 @@ def carry_out(
                 prepared.anatomy,
                 prepared.schedule,
                 batches_of(recipe, prepared.train_rows, ready.device),
-                next_token_loss,
+                ready.loss,
                 folder=folder,
                 settings=replace(settings, watch=meters if ready.plan else None, save=saver),
                 held_out=held_out_batches(recipe, prepared.held_out_rows, ready.device),
@@ -228,7 +233,18 @@ def batching_of(recipe: Recipe, device: torch.device) -> Batching:
         bf16=recipe.precision == "bf16-mixed",
         recompute=recipe.recompute == "blocks",
         device="cuda" if device.type == "cuda" else "cpu",
+        loss=recipe.loss,
     )
+
+
+def loss_for(prepared: Prepared, model: nn.Module) -> LossFunction:
+    """The next-token loss as the recipe wants it. Raises `RecipeError` for one that would not be exact."""
+    recipe = prepared.recipe
+    largest = recipe.data.batch * recipe.data.length // min(s.accumulate for s in recipe.stages)
+    try:
+        return choose_loss(recipe.loss, model, prepared.anatomy, n_tokens=largest).loss
+    except ModelError as error:
+        raise RecipeError(str(error)) from None
 
 
 def check_finite(model: nn.Module, anatomy: Anatomy) -> None:
@@ -390,16 +406,17 @@ def choose_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if has_cuda and recipe.device != "cpu" else "cpu")
 
 
-def loop_settings(recipe: Recipe, device: torch.device, points: Points | None = None) -> LoopSettings:
+def loop_settings(ready: Ready) -> LoopSettings:
     """The recipe's settings that hold for all stages."""
+    recipe, points = ready.prepared.recipe, ready.points
     return LoopSettings(
         points=points,
         skip_limit=recipe.nonfinite.limit if recipe.nonfinite.policy == "skip" else 0,
         flow_every=recipe.evidence.flow_every or FLOW_EVERY if points else None,
-        loss_of=lambda stage: loss_of(stage, points),
+        loss_of=lambda stage: loss_of(stage, points, ready.loss),
         seed=recipe.seed,
         bf16=recipe.precision == "bf16-mixed",
-        device=device,
+        device=ready.device,
         eval_every=recipe.eval.every,
         gradients_every=recipe.evidence.gradients_every,
     )

@@ -1,18 +1,22 @@
 """The engine: exact execution of a schedule, and the evidence of it. Read `train.py`, then `owned.py`."""
 
 from frostline.engine.events import Evaluated, Event, Observer, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.engine.fused_loss import Chosen, How, choose_loss
 from frostline.engine.loss import loss_of, next_token_loss
 from frostline.engine.optimizers import check_installed
 from frostline.engine.place import place
 from frostline.engine.routes import Points, set_routes
-from frostline.engine.step import StepRecord, step
+from frostline.engine.step import LossFunction, StepRecord, step
 from frostline.engine.train import LoopResult, LoopSettings, train_loop
 
 __all__ = [
+    "Chosen",
     "Evaluated",
     "Event",
+    "How",
     "LoopResult",
     "LoopSettings",
+    "LossFunction",
     "Observer",
     "Points",
     "RunStarted",
@@ -21,6 +25,7 @@ __all__ = [
     "StepDone",
     "StepRecord",
     "check_installed",
+    "choose_loss",
     "loss_of",
     "next_token_loss",
     "place",

@@ -15,9 +15,15 @@ from frostline.errors import RouteError
 from frostline.schedule import Stage
 
 
+def logits_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """What the model says of every token of a micro-batch: (rows, length, vocabulary)."""
+    logits: torch.Tensor = model(**batch.inputs, use_cache=False).logits
+    return logits
+
+
 def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Sum over `batch.n_targets` tokens of −log p(label), natural logarithm, in fp32 or wider; shape ()."""
-    logits_BTV = model(**batch.inputs, use_cache=False).logits
+    logits_BTV = logits_of(model, batch)
     if logits_BTV.dtype != torch.float64:
         logits_BTV = logits_BTV.float()
     return functional.cross_entropy(
@@ -25,15 +31,18 @@ def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     )
 
 
-def loss_of(stage: Stage, points: Points | None) -> LossFunction:
-    """What a stage of a language model minimises. Raises `RouteError` for local losses without `points`."""
-    loss = _language_loss(stage, points)
+def loss_of(stage: Stage, points: Points | None, language: LossFunction = next_token_loss) -> LossFunction:
+    """What a stage of a language model minimises: `language`, or local losses, and the routers' losses.
+
+    Raises `RouteError` for local losses without `points`.
+    """
+    loss = _language_loss(stage, points, language)
     return RouterLoss(loss, stage.spec.moe, stage.selection.anatomy) if stage.spec.moe else loss
 
 
-def _language_loss(stage: Stage, points: Points | None) -> LossFunction:
+def _language_loss(stage: Stage, points: Points | None, language: LossFunction) -> LossFunction:
     if stage.spec.local_loss == "none":
-        return next_token_loss
+        return language
     if points is None:
         raise RouteError(f"stage {stage.name}: local losses need the points of a transformers model")
     return local_loss(points)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy
-from frostline.engine import Points, loss_of, step
+from frostline.engine import LossFunction, Points, loss_of, next_token_loss, step
 from frostline.engine.stage_switch import set_modes, switch
 from frostline.engine.train import enter_routes
 from frostline.plan.trace import micro_batches, update
@@ -26,6 +26,7 @@ def time_stage(
     n_vocabulary: int,
     bf16: bool = False,
     points: Points | None = None,
+    language: LossFunction = next_token_loss,
     n_steps: int = 3,
 ) -> float:
     """Seconds of an optimizer step of a stage: the median of `n_steps`, after one that warms up. Trains the model."""
@@ -40,7 +41,7 @@ def time_stage(
     seconds = []
     for _ in range(1 + n_steps):
         started = time.perf_counter()
-        step(model, batches, loss_of(stage, points), seed=0, device=device, bf16=bf16)
+        step(model, batches, loss_of(stage, points, language), seed=0, device=device, bf16=bf16)
         update(active)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -40,7 +40,13 @@ def _grouped_product(args: tuple[Any, ...], out: Any) -> int:
     return 2 * int(prod(out.shape) * first[-1])
 
 
+def _added_product(args: tuple[Any, ...], _: Any) -> int:
+    (rows, inner), (_inner, columns) = (tuple(t.shape) for t in args[1:3])
+    return 2 * int(rows * inner * columns)
+
+
 FORMULAS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
+    aten.addmm_: _added_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten._grouped_mm: _grouped_product,

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from frostline.engine.linear_loss import gradient_kind
 from frostline.engine.recompute import recomputing
 from frostline.errors import PlanError
 from frostline.plan.cuda import allocated_bytes
@@ -79,6 +80,9 @@ class Meter(TorchDispatchMode):
 
     def _attribute(self, n: int, args: tuple[Any, ...]) -> None:
         name = next((found for t in args if isinstance(t, torch.Tensor) and (found := self._name_of(t))), None)
+        if (kind := gradient_kind()) is not None:  # of the head, on the way forward
+            self.flops[name or self._last, kind] += n
+            return
         node = torch._C._current_autograd_node()
         forward: Kind | None = "recomputed" if recomputing() else "forward" if node is None else None
         if name is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from frostline.anatomy import Anatomy, find_blocks
-from frostline.engine import Points, place
+from frostline.engine import How, Points, choose_loss, place
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import FrostlineError, PlanError
 from frostline.model import Source, load_fake, untie
@@ -36,6 +36,8 @@ class Batching:
     """Blocks keep their input only (gradient checkpointing)."""
     device: Device = "cpu"
     """Whose kernels and allocator the bytes are of."""
+    loss: How = "auto"
+    """Whether the logits of all tokens ever exist."""
 
     @property
     def tokens(self) -> int:
@@ -103,6 +105,9 @@ def make_plan(
         recompute_blocks([block for _, block in find_blocks(model)])
     anatomy = schedule.stages[0].selection.anatomy
     n_vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    largest = batching.tokens // min(s.spec.accumulate for s in schedule.stages)
+    with plan_errors(anatomy.model_type), mode:
+        language = choose_loss(batching.loss, model, anatomy, n_tokens=largest).loss
     stages: list[StagePlan] = []
     traced: dict[object, StageCost] = {}
     for stage in schedule.stages:
@@ -119,6 +124,7 @@ def make_plan(
                     bf16=batching.bf16,
                     device=batching.device,
                     points=points,
+                    language=language,
                     mode=mode,
                 )
         rows = schedule.step_size.n_rows if schedule.step_size else 0

@@ -19,7 +19,7 @@ from torch import nn
 
 from frostline.anatomy import Anatomy, Component, Slice, find_blocks, intersect, module_of, parse_path
 from frostline.data import model_inputs
-from frostline.engine import Points, loss_of, set_routes, step
+from frostline.engine import Points, loss_of, next_token_loss, set_routes, step
 from frostline.engine.optimizers import FOREIGN, state_bytes
 from frostline.engine.recompute import recomputing
 from frostline.engine.stage_switch import Active, set_modes, switch
@@ -108,13 +108,14 @@ def trace_stage(
     bf16: bool = False,
     device: Device = "cpu",
     points: Points | None = None,
+    language: LossFunction = next_token_loss,
     mode: AbstractContextManager[Any] | None = None,
 ) -> StageCost:
     """The cost of an optimizer step of `rows` rows of `length` tokens, its micro-batches as the stage says.
 
-    `mode`: the fake mode that the model's tensors were made in; None for a real model, which is then trained for two
-    steps, on the CPU. `device`: whose kernels and allocator the bytes are of. Raises `PlanError` for arithmetic without
-    a formula.
+    `language`: the next-token loss. `mode`: the fake mode that the model's tensors were made in; None for a real model,
+    which is then trained for two steps, on the CPU. `device`: whose kernels and allocator the bytes are of. Raises
+    `PlanError` for arithmetic without a formula.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     everything = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
@@ -125,7 +126,7 @@ def trace_stage(
         return anatomy.tensor[tensor].element_bytes
 
     frontier = next(c.name for c, _ in stage.selection.by_component())
-    watch = _Watch(meter, n_vocabulary, loss_of(stage, points))
+    watch = _Watch(meter, n_vocabulary, loss_of(stage, points, language))
     watched_entry = watch.entry(_at_frontier(model, anatomy, frontier))
     as_trained = _masks_as_in_training() if mode else nullcontext()
     kernels = cuda_kernels() if device == "cuda" else nullcontext()

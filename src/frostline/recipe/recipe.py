@@ -92,6 +92,9 @@ class Recipe(Record):
     """`bf16-mixed`: fp32 weights and optimizer, matrix products in bf16 (autocast)."""
     recompute: Literal["off", "blocks"] = "off"
     """`blocks`: a block keeps only its input and is computed again for its backward pass (gradient checkpointing)."""
+    loss: Literal["auto", "fused", "plain"] = "auto"
+    """`fused`: head and loss are computed together, some rows at a time, so that the logits of all tokens never exist;
+    equal to `plain` up to rounding. `auto`: where it is exact and the logits are many."""
     ties: Literal["error", "together", "untie"] = "error"
     """When a selection takes one of two tied parts: refuse, take both, or give the model separate weights first."""
     lr_across: RunRateSpec | None = None
