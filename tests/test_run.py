@@ -155,7 +155,7 @@ def test_bad_models_and_data_write_nothing(tmp_path: Path) -> None:
         (ModelError, "tokenizer", {"tokenizer": str(tmp_path / "pickle")}),
         (DataError, "no such file", {"data": {"train": str(tmp_path / "none.txt"), **data}}),
         (DataError, "no text", {"data": {"train": str(tmp_path / "empty.txt"), **data}}),
-        (DataError, "latin.txt: not UTF-8: byte 0xe9 at offset 3", {"data": latin}),
+        (DataError, "latin.txt:1: not UTF-8: byte 0xe9 at offset 3", {"data": latin}),
         (DataError, "too little text", {"data": {"train": str(tmp_path / "text.txt"), "length": 100000}}),
     ]  # fmt: skip
     for kind, message, change in cases:

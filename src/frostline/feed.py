@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from frostline.data import Batch, Example, Rows, iter_documents, read_examples, rows_at, train_byte_bpe
+from frostline.data import Batch, Example, Rows, read_examples, rows_at, texts_of, train_byte_bpe
 from frostline.errors import DataError
 from frostline.model import load_config, load_tokenizer
-from frostline.recipe import Recipe, TrainedTokenizer
+from frostline.recipe import Recipe, TrainedTokenizer, source_names
 from frostline.schedule import Stage
 
 
@@ -25,9 +25,9 @@ def get_tokenizer(recipe: Recipe, *, trust_remote_code: bool = False) -> Any:
         return load_tokenizer(spec, trust_remote_code=trust_remote_code)
     if spec is None and isinstance(recipe.model, str):
         return load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
-    documents = list(iter_documents(recipe.data.train))
+    documents = list(texts_of(recipe.data, recipe.data.train))
     if not documents:
-        raise DataError(f"no text to train on in {', '.join(recipe.data.train)}")
+        raise DataError(f"no text to train on in {source_names(recipe.data.train)}")
     own = spec.vocab_size if isinstance(spec, TrainedTokenizer) else None
     return train_byte_bpe(documents, n_vocabulary=own or load_config(recipe.model).vocab_size)
 
@@ -39,7 +39,7 @@ def make_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
     needed = 2 if isinstance(data.held_out, float) else 1
     if len(rows) < needed:
         raise DataError(
-            f"too little text: {', '.join(data.train)} gives {len(rows.tokens)} tokens, and {needed} rows of "
+            f"too little text: {source_names(data.train)} gives {len(rows.tokens)} tokens, and {needed} rows of "
             f"{data.length} need {needed * data.length + 1}"
         )
     if isinstance(data.held_out, float):
@@ -47,7 +47,7 @@ def make_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
     held_out = _rows(read_examples(data, data.held_out, tokenizer, n_vocabulary=n_vocabulary), data.length)
     if not len(held_out):
         raise DataError(
-            f"too little held-out text: {', '.join(data.held_out)} gives {len(held_out.tokens)} tokens, and one row "
+            f"too little held-out text: {source_names(data.held_out)} gives {len(held_out.tokens)} tokens, and one row "
             f"of {data.length} needs {data.length + 1}"
         )
     return rows, held_out
@@ -55,7 +55,11 @@ def make_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
 
 def _rows(examples: Iterable[Example], length: int) -> Rows:
     """Examples one after another in one stream, cut into rows."""
-    tokens = [torch.from_numpy(e.ids) for e in examples]
+    tokens = []
+    for e in examples:
+        if not e.learns[1:].all():
+            raise DataError(f"{e.source}: rows of a stream learn every token; this example does not")
+        tokens.append(torch.from_numpy(e.ids))
     return Rows(torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int32), length)
 
 

@@ -16,7 +16,7 @@ from frostline.engine.record import cut_pieces, named_tensors
 from frostline.engine.run_state import RunState, from_files
 from frostline.environment import describe_environment
 from frostline.errors import RunFolderError
-from frostline.recipe import Recipe, load_recipe
+from frostline.recipe import Recipe, data_paths, load_recipe
 from frostline.run import Ready, RunResult, carry_out, choose_device, make_ready, run_name
 from frostline.run_folder import RunFolder, damaged_records
 
@@ -125,9 +125,8 @@ def _changed(ready: Ready, start: dict[str, str]) -> list[str]:
 def _differences(folder: RunFolder, recipe: Recipe) -> list[str]:
     """What of software, machine and data is not as it was, as `what: old → new`."""
     then = folder.read_json("environment.json")
-    held_out = recipe.data.held_out if isinstance(recipe.data.held_out, tuple) else ()
     base = recipe.model if isinstance(recipe.model, str) else None
-    now = describe_environment(device=choose_device(recipe), data=(*recipe.data.train, *held_out), base=base)
+    now = describe_environment(device=choose_device(recipe), data=data_paths(recipe.data), base=base)
     out = []
     for key in MATTERS:
         old, new = _flat(key, then.get(key)), _flat(key, now.get(key))

@@ -64,7 +64,7 @@ from frostline.plan import (
     plan_to_json,
     points_for,
 )
-from frostline.recipe import Recipe, ScratchModel, dump_yaml, load_recipe, stage_name
+from frostline.recipe import Recipe, ScratchModel, data_paths, dump_yaml, load_recipe, stage_name
 from frostline.run_folder import RunFolder, State, storage_errors, write_text
 from frostline.saver import Saver
 from frostline.schedule import Schedule, StepSize, make_groups
@@ -381,7 +381,6 @@ def load_weights(prepared: Prepared, *, trust_remote_code: bool = False) -> nn.M
 def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
     """A new run folder with the resolved recipe and the environment in it."""
     recipe = prepared.recipe
-    held_out = recipe.data.held_out if isinstance(recipe.data.held_out, tuple) else ()
     base = recipe.model if isinstance(recipe.model, str) else None
     folder = RunFolder.create(out)
     folder.write_status("running", step=0)
@@ -392,7 +391,7 @@ def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
         "environment.json",
         {
             "run": uuid4().hex,
-            **describe_environment(device=choose_device(recipe), data=(*recipe.data.train, *held_out), base=base),
+            **describe_environment(device=choose_device(recipe), data=data_paths(recipe.data), base=base),
         },
     )
     return folder

@@ -111,8 +111,8 @@ def test_texts_survive_jsonl(tmp_path_factory, found):
         ('{"text": 3}', ":1: expected an object with a string under 'text'"),
         ('{"text": null}', ":1: expected an object with a string under 'text'"),
         ("{}", ":1: expected an object with a string under 'text'"),
-        ('["text"]', ":1: expected an object with a string under 'text', found list"),
-        ('"text"', ":1: expected an object with a string under 'text', found str"),
+        ('["text"]', ":1: expected an object with named values, found list"),
+        ('"text"', ":1: expected an object with named values, found str"),
     ],
 )
 def test_a_bad_row_is_refused_with_file_and_line(tmp_path, content, said):
@@ -131,9 +131,9 @@ def test_a_row_with_half_a_surrogate_pair_is_refused_with_file_and_line(tmp_path
 
 
 def test_bytes_that_are_not_utf_8_are_refused_with_byte_and_offset(tmp_path):
-    for name in ("a.txt", "a.jsonl"):
-        file = write(tmp_path / name, b"abc\xffdef")
-        assert refused(file) == f"{file}: not UTF-8: byte 0xff at offset 3; convert the file to UTF-8"
+    for name in ("a.txt", "a.jsonl", "a.json", "a.csv"):
+        file = write(tmp_path / name, b"\n \n\xffdef")
+        assert refused(file).startswith(f"{file}:3: not UTF-8: byte 0xff at offset 3 of the file; convert the file")
     assert "byte 0xff at offset 0" in refused(write(tmp_path / "b.txt", "text".encode("utf-16")))
     assert "byte 0xe9 at offset 3" in refused(write(tmp_path / "c.txt", "café".encode("latin-1")))
 
@@ -148,7 +148,7 @@ def test_a_missing_path_is_refused(tmp_path):
 
 def test_a_folder_without_text_is_refused(tmp_path):
     write(tmp_path / "a.png", b"x")
-    assert refused(tmp_path) == f"the folder {tmp_path} holds no .txt, .md, .jsonl file"
+    assert refused(tmp_path) == f"the folder {tmp_path} holds no .txt, .md, .jsonl, .json, .csv, .parquet file"
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from frostline.data.batch import Batch, Documents, model_inputs
 from frostline.data.example import Example, read_examples
 from frostline.data.order import rows_at
+from frostline.data.sources import FileTally, Tally, texts_of
 from frostline.data.text import Document, iter_documents, read_documents
 from frostline.data.tokens import Rows, encode, train_byte_bpe
 
@@ -11,12 +12,15 @@ __all__ = [
     "Document",
     "Documents",
     "Example",
+    "FileTally",
     "Rows",
+    "Tally",
     "encode",
     "iter_documents",
     "model_inputs",
     "read_documents",
     "read_examples",
     "rows_at",
+    "texts_of",
     "train_byte_bpe",
 ]

@@ -6,7 +6,7 @@ file's business. Read `read_examples` first; it is lazy and needs no more memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data.text import Document, iter_documents
+from frostline.data.chat import control_tokens, spoken
+from frostline.data.files import RowError
+from frostline.data.formats import Pair, TokenRow
+from frostline.data.masks import Masked, Written, encode_spans
+from frostline.data.messages import Conversation
+from frostline.data.sources import Found, Tally, shapes_of
+from frostline.data.templates import Template, template_of
+from frostline.data.text import Document
 from frostline.data.tokens import check_vocabulary, encode_texts
-from frostline.recipe import DataSpec
+from frostline.errors import DataError
+from frostline.recipe import DataSpec, SourceSpec
 
 TOGETHER = 64
-"""Documents given to the tokenizer at once: enough for its threads."""
+"""Examples given to the tokenizer at once: enough for its threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +45,127 @@ class Example:
 
 
 def read_examples(
-    spec: DataSpec, paths: Iterable[str | Path], tokenizer: Any, *, n_vocabulary: int
+    spec: DataSpec,
+    paths: Iterable[str | Path | SourceSpec],
+    tokenizer: Any,
+    *,
+    n_vocabulary: int,
+    tally: Tally | None = None,
 ) -> Iterator[Example]:
     """The examples of `paths`, in the order given, read as `spec` says. Raises `DataError` where one cannot be read.
 
-    `n_vocabulary`: entries of the model's vocabulary; a token outside it is an error.
+    `n_vocabulary`: entries of the model's vocabulary; a token outside it is an error. `tally` is filled on the way.
     """
-    del spec  # formats follow
-    documents = iter_documents(paths)
-    while some := list(islice(documents, TOGETHER)):
-        yield from documents_to_examples(some, tokenizer, n_vocabulary=n_vocabulary)
+    found = shapes_of(spec, paths, Tally() if tally is None else tally)
+    maker = _Maker(spec, tokenizer, n_vocabulary)
+    while some := list(islice(found, TOGETHER)):
+        yield from maker.examples(some)
 
 
-def documents_to_examples(documents: list[Document], tokenizer: Any, *, n_vocabulary: int) -> Iterator[Example]:
-    """Plain texts: everything learns but the first token."""
-    encoded = encode_texts([d.text for d in documents], tokenizer)
-    for document, tokens in zip(documents, encoded, strict=True):
-        ids = np.asarray(tokens.ids, dtype=np.int32)
-        check_vocabulary(ids, n_vocabulary)
-        learns = np.ones(len(ids), dtype=np.bool_)
+class _Maker:
+    """Shapes → examples, with one tokenizer and the templates it was asked for."""
+
+    def __init__(self, spec: DataSpec, tokenizer: Any, n_vocabulary: int) -> None:
+        self.spec, self.tokenizer, self.n_vocabulary = spec, tokenizer, n_vocabulary
+        self.templates: dict[bool, Template] = {}
+        self.control = control_tokens(tokenizer)
+
+    def examples(self, some: Sequence[Found]) -> Iterator[Example]:
+        """Those of some shapes, in their order; what cannot be used is counted or refused."""
+        made: dict[int, Example] = {}
+        written: dict[int, Written] = {}
+        documents: dict[int, Document] = {}
+        for i, found in enumerate(some):
+            match found.shape:
+                case Document() as document:
+                    documents[i] = document
+                case TokenRow() as row:
+                    made[i] = self.of_tokens(row)
+                case shape:
+                    with_text = self.written(shape, found)
+                    written |= {i: with_text} if with_text else {}
+        made |= zip(documents, self.of_documents(list(documents.values())), strict=True)
+        for is_chat in (False, True):
+            these = {i: w for i, w in written.items() if w.is_chat == is_chat}
+            masked = encode_spans(list(these.values()), self.tokenizer, is_chat=is_chat)
+            made |= {i: self.example(m, w.source) for (i, w), m in zip(these.items(), masked, strict=True)}
+        for i in sorted(made):
+            if made[i].learns.any() or i in documents:  # a text of one token is the continuation of the one before it
+                yield made[i]
+            else:
+                some[i].refuse(RowError(f"{made[i].source}: nothing to learn: no token counts in the loss"))
+
+    def written(self, shape: Pair | Conversation, found: Found) -> Written | None:
+        """What is said as text, or None when it could not be used and was counted."""
+        everything = self.spec.loss_on == "all"
+        if isinstance(shape, Pair):
+            text = shape.prompt + shape.completion
+            return Written(text, ((0 if everything else len(shape.prompt), len(text)),), shape.source, is_chat=False)
+        try:
+            if found.tally.format == "alpaca" and self.no_template():
+                return _as_alpaca(shape, everything)
+            template = self.template(bool(shape.tools))
+            said = spoken(shape, template, loss_on=self.spec.loss_on, control=self.control)
+        except RowError as error:
+            found.refuse(error)
+            return None
+        for method in said.methods:
+            found.tally.methods[method] = found.tally.methods.get(method, 0) + 1
+        return Written(said.text, said.spans, shape.source, is_chat=True)
+
+    def no_template(self) -> bool:
+        """Whether neither recipe nor tokenizer has a chat template."""
+        return self.spec.chat_template is None and not self.tokenizer.chat_template
+
+    def template(self, tools: bool) -> Template:
+        """The chat template; some tokenizers have another one for conversations with tools."""
+        if tools not in self.templates:
+            self.templates[tools] = template_of(
+                self.tokenizer, file=self.spec.chat_template, variables=self.spec.template_args, tools=tools
+            )
+        return self.templates[tools]
+
+    def of_documents(self, documents: list[Document]) -> list[Example]:
+        """Plain texts: everything learns but the first token."""
+        out = []
+        encoded = encode_texts([d.text for d in documents], self.tokenizer) if documents else []
+        for document, tokens in zip(documents, encoded, strict=True):
+            ids = np.asarray(tokens.ids, dtype=np.int32)
+            learns = np.ones(len(ids), dtype=np.bool_)
+            learns[:1] = False
+            n_bytes = len(document.text.encode()) - len(document.text[: tokens.first_end].encode())
+            out.append(self.example(Masked(ids, learns, n_bytes), document.source))
+        return out
+
+    def of_tokens(self, row: TokenRow) -> Example:
+        """Tokens made elsewhere; the text they stand for is what the tokenizer makes of them."""
+        ids = np.array(row.ids, dtype=np.int64)
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.n_vocabulary):
+            wrong = int(next(i for i in ids if not 0 <= i < self.n_vocabulary))
+            raise DataError(
+                f"{row.source}: input_ids holds {wrong}, but the model's vocabulary has {self.n_vocabulary} entries: "
+                "the tokens were made for another model"
+            )
+        learns = np.array(row.learns, dtype=np.bool_)
         learns[:1] = False
-        unlearnt = document.text[: tokens.first_end]
-        n_bytes = len(document.text.encode()) - len(unlearnt.encode())
-        yield Example(ids=ids, learns=learns, n_bytes=n_bytes, source=document.source)
+        text = self.tokenizer.decode(ids[learns], skip_special_tokens=True)
+        return Example(ids=ids.astype(np.int32), learns=learns, n_bytes=len(text.encode()), source=row.source)
+
+    def example(self, masked: Masked, source: str) -> Example:
+        """With its tokens checked against the model's vocabulary."""
+        check_vocabulary(masked.ids, self.n_vocabulary)
+        return Example(ids=masked.ids, learns=masked.learns, n_bytes=masked.n_bytes, source=source)
+
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{asked}\n\n### Response:\n"
+)
+"""What instructions stand in where there is no chat template."""
+
+
+def _as_alpaca(conversation: Conversation, everything: bool) -> Written:
+    asked, answer = (m["content"] for m in conversation.messages)
+    prompt = ALPACA.replace("{asked}", asked)
+    text = prompt + answer
+    return Written(text, ((0 if everything else len(prompt), len(text)),), conversation.source, is_chat=False)

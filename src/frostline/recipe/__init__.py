@@ -1,6 +1,13 @@
 """Recipes: the YAML file and the typed record it becomes. Read `recipe.py`, then `load.py`."""
 
-from frostline.recipe.data_spec import DataSpec
+from frostline.recipe.data_spec import (
+    DataSpec,
+    FormatName,
+    SourceSpec,
+    data_paths,
+    source_names,
+    source_of,
+)
 from frostline.recipe.load import load_recipe, recipe_from_dict
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.moe_spec import MoeSpec
@@ -14,6 +21,7 @@ __all__ = [
     "DataSpec",
     "EvalSpec",
     "EvidenceSpec",
+    "FormatName",
     "MoeSpec",
     "OptimizerSpec",
     "PlateauSpec",
@@ -21,11 +29,15 @@ __all__ = [
     "RouteSpec",
     "RunRateSpec",
     "ScratchModel",
+    "SourceSpec",
     "StageSpec",
     "TrainedTokenizer",
+    "data_paths",
     "dump_yaml",
     "load_recipe",
     "plain",
     "recipe_from_dict",
+    "source_names",
+    "source_of",
     "stage_name",
 ]

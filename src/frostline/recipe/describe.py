@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from frostline.recipe.data_spec import DataSpec
+from frostline.recipe.data_spec import DataSpec, SourceSpec
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.moe_spec import MoeSpec
 from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, RunRateSpec
@@ -19,6 +19,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`model:` from scratch", ScratchModel),
     ("`tokenizer:` to train", TrainedTokenizer),
     ("`data:`", DataSpec),
+    ("a source in `data.train`, in place of a path", SourceSpec),
     ("each of `stages:`", StageSpec),
     ("`optimizer:` of a stage", OptimizerSpec),
     ("`plateau:` of a stage", PlateauSpec),

@@ -17,6 +17,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from frostline.errors import RecipeError, did_you_mean
+from frostline.recipe.data_spec import SOURCE_TAGS, is_hub_name
 from frostline.recipe.recipe import Recipe
 from frostline.recipe.yaml_text import KeyPath, YamlDocument, parse_yaml
 
@@ -32,7 +33,7 @@ _TAGS: dict[tuple[str, ...], tuple[str, ...]] = {
 MAX_STAGES = 10_000
 """Stages of one run, repeated ones counted as often as they run."""
 _FOLDERS_OR_HUB_NAMES: tuple[tuple[str, ...], ...] = (("model",), ("tokenizer",))
-_PATHS: tuple[tuple[str, ...], ...] = (("data", "train"), ("data", "held_out"))
+_PATHS: tuple[tuple[str, ...], ...] = (("data", "train"), ("data", "held_out"), ("data", "chat_template"))
 
 
 def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
@@ -148,6 +149,7 @@ def _describe(error: Any, *, document: YamlDocument, where: str, origins: Sequen
 
 def _without_tags(loc: tuple[str | int, ...]) -> KeyPath:
     """Drop what pydantic adds to say which member of a union it tried: it stands right after the union's key."""
+    loc = tuple(p for p in loc if p not in SOURCE_TAGS)
     for at in range(1, len(loc)):
         for key, tags in _TAGS.items():
             outer = loc[: at - len(key)]
@@ -237,11 +239,14 @@ def _make_paths_absolute(values: dict[str, Any], *, base: Path, overridden: list
             continue
 
         def absolute(value: Any, key: KeyPath, names: bool = path in _FOLDERS_OR_HUB_NAMES) -> Any:
+            if isinstance(value, dict) and key[0] == "data":  # a source with settings of its own
+                return {**value, "path": absolute(value["path"], (*key, "path"))} if "path" in value else value
+            names = names or (isinstance(value, str) and key[1] != "chat_template" and is_hub_name(value))
             start = Path.cwd() if any(o == key[: len(o)] for o in overridden) else base
             return _absolute(value, start, key=key, may_be_name=names)
 
         value = parent[path[-1]]
-        if isinstance(value, str):
+        if isinstance(value, str) or (isinstance(value, dict) and path[0] == "data"):
             parent[path[-1]] = absolute(value, path)
         elif isinstance(value, (list, tuple)):
             parent[path[-1]] = [absolute(v, (*path, i)) for i, v in enumerate(value)]

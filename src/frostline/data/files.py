@@ -1,0 +1,232 @@
+"""Files, folders and hub names → rows: named values with their place, one after another, whatever the file's kind.
+
+Text files are one row with `text`. What the values mean is `formats.py`'s business. JSON lines, CSV and gzip are read
+by the standard library, Parquet, Zstandard, saved `datasets` and hub names by the packages of the extra `data`.
+Read `rows_of` first; it is lazy, and only a `.json` file is ever in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from frostline.data.stored import parquet_rows, saved_rows, stored_kind, zstd_stream
+from frostline.errors import DataError
+from frostline.recipe.data_spec import COMPRESSED, DATA_SUFFIXES, SUFFIXES
+
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+Errors = Literal["strict", "replace"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Named values from one place."""
+
+    values: dict[str, Any]
+    source: str
+    """`file` for a text, `file:line` where lines are rows, `file[index]` (0-based) where items of a list are."""
+    is_text: bool = False
+    """From a text file, so that there is nothing to detect."""
+
+
+class RowError(DataError):
+    """One row cannot be used; the ones after it may be."""
+
+
+def rows_of(file: Path, *, errors: Errors = "strict") -> Iterator[Row | RowError]:
+    """The rows of one file, an error in the place of each that is none. Raises `DataError` for an unreadable file."""
+    kind = kind_of(file)
+    with _reading(file):
+        match kind:
+            case ".jsonl":
+                with _opened(file) as stream:
+                    yield from _json_lines(_lines(file, stream, errors), file)
+            case ".json":
+                yield from _json(file, errors)
+            case ".csv":
+                with _opened(file) as stream:
+                    yield from _csv(_lines(file, stream, errors), file)
+            case ".parquet":
+                for i, values in enumerate(parquet_rows(file)):
+                    yield Row(values, f"{file}[{i}]")
+            case _:
+                yield from _text(file, errors)
+
+
+def kind_of(file: Path) -> str:
+    """The suffix that decides how a file is read, without the one of its compression."""
+    return (file.with_suffix("") if file.suffix.lower() in COMPRESSED else file).suffix.lower()
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a path stands for, those of a folder sorted by name. Raises `DataError`."""
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise DataError(f"no text at {path}: there is no such file or folder")
+    named = sorted(f for f in path.rglob("*") if kind_of(f) in SUFFIXES and f.name not in _NOT_DATA)
+    files = [f for f in named if f.is_file() or f.is_symlink()]  # a broken link is an error when it is read
+    if any(kind_of(f) in DATA_SUFFIXES for f in files):
+        files = [f for f in files if not _is_dataset_card(f)]
+    if not files:
+        raise DataError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
+    return files
+
+
+def _is_dataset_card(file: Path) -> bool:
+    """A README beside data that begins with YAML, as dataset hubs have it: no training text."""
+    if file.name.lower() != "readme.md" or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(4) in (b"---\n", b"---\r")
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `datasets`' own `save_to_disk`."""
+    return path.is_dir() and stored_kind(path) is not None
+
+
+def saved_dataset_rows(path: Path, *, split: str | None) -> Iterator[Row]:
+    """The rows of a saved dataset."""
+    for i, values in enumerate(saved_rows(path, split=split)):
+        yield Row(values, f"{path}[{i}]")
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """What files raise when they cannot be read, as `DataError`s with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{file}: its compression is broken: {error}") from None
+    except csv.Error as error:
+        raise DataError(f"{file}: not valid CSV: {error}") from None
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    match file.suffix.lower():
+        case ".gz":
+            with gzip.open(file, "rb") as stream:
+                yield stream  # type: ignore[misc]
+        case ".zst":
+            with zstd_stream(file) as stream:
+                yield stream
+        case _:
+            with file.open("rb") as stream:
+                yield stream
+
+
+def _text(file: Path, errors: Errors) -> Iterator[Row]:
+    if file.suffix.lower() in COMPRESSED:
+        with _opened(file) as stream:
+            content = stream.read()
+    else:
+        content = file.read_bytes()
+    yield Row({"text": _decoded(content, file, errors).removeprefix("\ufeff")}, str(file), is_text=True)
+
+
+def _decoded(content: bytes, file: Path, errors: Errors, *, line: int = 1, offset: int = 0) -> str:
+    """Bytes as text; `line` and `offset` are where they begin in the file."""
+    try:
+        return content.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        at = line + content.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{file}:{at}: not UTF-8: byte 0x{content[error.start]:02x} at offset {offset + error.start} of the file; "
+            "convert the file to UTF-8, or set `data.undecodable: replace`"
+        ) from None
+
+
+def _lines(file: Path, stream: Iterable[bytes], errors: Errors) -> Iterator[str]:
+    """Lines with their line feeds; only a line feed ends one."""
+    offset = 0
+    for number, raw in enumerate(stream, start=1):
+        text = _decoded(raw, file, errors, line=number, offset=offset)
+        offset += len(raw)
+        yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _json_lines(lines: Iterable[str], file: Path) -> Iterator[Row | RowError]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield RowError(f"{where}: not valid JSON: {error}")
+            continue
+        yield _object(row, where)
+
+
+def _object(row: Any, where: str) -> Row | RowError:
+    if not isinstance(row, dict):
+        return RowError(f"{where}: expected an object with named values, found {type(row).__name__}")
+    return Row(row, where)
+
+
+def _json(file: Path, errors: Errors) -> Iterator[Row | RowError]:
+    """A list of objects, `{"data": [...]}`, or (whatever the suffix says) one object per line."""
+    with _opened(file) as stream:
+        if _has_json_lines(stream, errors):
+            stream.seek(0)
+            yield from _json_lines(_lines(file, stream, errors), file)
+            return
+        stream.seek(0)
+        text = _decoded(stream.read(), file, errors).removeprefix("\ufeff")
+    if not text.strip():
+        return
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not valid JSON: {error}") from None
+    items = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(items, list):
+        found = "keys " + _names(content) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f'{file}: expected a list of objects, {{"data": [...]}} or one object per line, found {found}')
+    for i, item in enumerate(items):
+        yield _object(item, f"{file}[{i}]")
+
+
+def _has_json_lines(stream: BinaryIO, errors: Errors) -> bool:
+    """Whether the first line is an object by itself, with more lines behind it."""
+    first = next((line for line in stream if line.strip()), b"")
+    if not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") or not any(line.strip() for line in stream):
+        return False
+    try:
+        return isinstance(json.loads(first.decode("utf-8-sig", errors)), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _csv(lines: Iterator[str], file: Path) -> Iterator[Row | RowError]:
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # its default refuses texts of 128 kB
+    reader = csv.reader(lines, strict=True)
+    header = next((h for h in reader if h), [])
+    doubled = sorted({h for h in header if header.count(h) > 1})
+    if doubled:
+        raise DataError(f"{file}:1: the header names a column twice: {_names(doubled)}")
+    line = reader.line_num + 1
+    for fields in reader:
+        where, line = f"{file}:{line}", reader.line_num + 1
+        if not fields:
+            continue
+        if len(fields) != len(header):
+            yield RowError(f"{where}: {len(fields)} fields, but the header names {len(header)} ({_names(header)})")
+            continue
+        yield Row(dict(zip(header, fields, strict=True)), where)
+
+
+def _names(names: Iterable[object]) -> str:
+    return ", ".join(map(repr, names)) or "none"
