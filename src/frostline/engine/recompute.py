@@ -7,8 +7,8 @@ whatever is frozen, and leaves out blocks in evaluation mode; here neither happe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -39,13 +39,14 @@ def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _marked()
+    return nullcontext(), _Marked()
 
 
-@contextmanager
-def _marked() -> Iterator[None]:
-    _thread.active = True
-    try:
-        yield
-    finally:
+class _Marked(AbstractContextManager[None]):
+    """Entered for every computation that is done again; torch before 2.13 enters one object more than once."""
+
+    def __enter__(self) -> None:
+        _thread.active = True
+
+    def __exit__(self, *_: object) -> None:
         _thread.active = False

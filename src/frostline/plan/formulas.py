@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from frostline.errors import PlanError
 
@@ -20,13 +20,21 @@ aten = torch.ops.aten
 
 
 def _attention(args: tuple[Any, ...], _: Any) -> int:
+    """Scores and their sum over values, every head of the query's: query (…, T, D), key (…, S, D), value (…, S, V).
+
+    In full, without what a causal kernel may leave out. Heads that share keys and values compute as much as others
+    (torch's own formula refuses them before 2.13).
+    """
     query, key, value = (tuple(t.shape) for t in args[:3])
-    return int(sdpa_flop_count(query, key, value))
+    scores = prod(query[:-1]) * key[-2]
+    return int(2 * scores * (query[-1] + value[-1]))
 
 
 def _attention_backward(args: tuple[Any, ...], _: Any) -> int:
-    gradient, query, key, value = (tuple(t.shape) for t in args[:4])
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
+    """Scores again, then gradients of values, of scores, of query and of key: five products."""
+    query, key, value = (tuple(t.shape) for t in args[1:4])
+    scores = prod(query[:-1]) * key[-2]
+    return int(2 * scores * (3 * query[-1] + 2 * value[-1]))
 
 
 def _grouped_product(args: tuple[Any, ...], out: Any) -> int:
@@ -45,10 +53,23 @@ def _added_product(args: tuple[Any, ...], _: Any) -> int:
     return 2 * int(rows * inner * columns)
 
 
+_KERNELS = (
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+)
+_KERNELS_BACKWARD = (
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    aten._scaled_dot_product_flash_attention_backward,
+    aten._scaled_dot_product_efficient_attention_backward,
+    aten._scaled_dot_product_cudnn_attention_backward,
+)
+
 FORMULAS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     aten.addmm_: _added_product,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **dict.fromkeys(_KERNELS, _attention),
+    **dict.fromkeys(_KERNELS_BACKWARD, _attention_backward),
     aten._grouped_mm: _grouped_product,
 }
 """Operation → (arguments, result) → FLOPs, beside torch's own."""
