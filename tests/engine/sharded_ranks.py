@@ -272,7 +272,10 @@ def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 
 def gather(snapshots: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
     """The same with full tensors. All snapshots of a tensor are gathered at once: most of the time goes to messages."""
-    full = {n: full_tensor(torch.stack([s[n] for s in snapshots], dim=-1)).unbind(-1) for n in snapshots[0]}
+    # a new dimension by its number: -1 is another one for shards before torch 2.13
+    full = {
+        n: full_tensor(torch.stack([s[n] for s in snapshots], dim=w.dim())).unbind(-1) for n, w in snapshots[0].items()
+    }
     return [{n: each[i] for n, each in full.items()} for i in range(len(snapshots))]
 
 

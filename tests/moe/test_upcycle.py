@@ -9,6 +9,7 @@ import pytest
 import torch
 from dense import save_dense, save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from frostline.anatomy import read_anatomy, take
 from frostline.errors import ModelError
@@ -37,6 +38,8 @@ def expert(model, layer, j, part):
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{p.dense}-{p.target}")
 def test_every_pair_computes_the_dense_models_function(pair, tmp_path):
+    if not {pair.dense, pair.target} <= set(CONFIG_MAPPING_NAMES):
+        pytest.skip("this version of transformers lacks one of the two types")
     dense = save_dense(pair.dense, tmp_path / "dense")
     made = upcycle(str(dense), tmp_path / "moe", experts=4, target=pair.target, router_std=0.5)
     assert made.promised
