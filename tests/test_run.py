@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -68,6 +69,31 @@ def test_a_run_never_overwrites(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="never overwrites"):
         frostline.train(tiny.recipe(tmp_path), out=tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["precious.txt"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunFolderError, match="is a file: a run never overwrites"):
+        frostline.train(tiny.recipe(tmp_path), out=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("running", r"is under way or was killed \(`frostline resume .*run` goes on\)"),
+        ("interrupted", r"was interrupted after step 4 \(`frostline resume"),
+        ("failed", r"failed after step 4 \(`frostline resume"),
+        ("finished", r"holds a run, finished after step 4: a run never overwrites; name another --out"),
+        (None, r"killed while its folder was made \(delete it\)"),
+    ],
+)
+def test_training_into_a_folder_with_a_run_says_how_far_it_is_and_how_to_go_on(
+    tmp_path: Path, state: Any, said: str
+) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_status(state or "running", step=4)
+    if state:
+        folder.recipe.write_text("")
+        folder.write_json("environment.json", {})
+    with pytest.raises(RunFolderError, match=said):
+        frostline.train(tiny.recipe(tmp_path), out=tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

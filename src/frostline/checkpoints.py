@@ -68,7 +68,7 @@ class Checkpoints:
 
         Raises `StorageError`; nothing but the checkpoints from before is visible then.
         """
-        target = self.folder / f"step-{step:09d}"
+        target = self._path(step)
         with storage_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             self._check_space(sum(t.nbytes for part in tensors.values() for t in part.values()))
@@ -117,18 +117,44 @@ class Checkpoints:
         """The newest checkpoint that verifies, and those set aside on the way to it."""
         rejected: list[Rejected] = []
         for path in reversed(self.found()):
-            try:
-                return self._verified(path), rejected
-            except _OtherRunError as error:
-                rejected.append(Rejected(path=path, why=str(error)))
-            except OSError as error:
-                if not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
-                    raise StorageError(f"cannot read {path}: {error.strerror or error}") from error  # it may be whole
-                rejected.append(Rejected(path=_set_aside(path), why=f"it lacks {Path(str(error.filename)).name}"))
-            except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-                why = str(error).splitlines()[0] if str(error) else type(error).__name__
-                rejected.append(Rejected(path=_set_aside(path), why=why))
+            found = self._read(path)
+            if isinstance(found, Checkpoint):
+                return found, rejected
+            rejected.append(found)
         return None, rejected
+
+    def _read(self, path: Path) -> Checkpoint | Rejected:
+        """A checkpoint, if it verifies. Raises `StorageError` when the disk cannot say."""
+        try:
+            return self._verified(path)
+        except _OtherRunError as error:
+            return Rejected(path=path, why=str(error))
+        except OSError as error:
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+                raise StorageError(f"cannot read {path}: {error.strerror or error}") from error  # it may be whole
+            return Rejected(path=_set_aside(path), why=f"it lacks {Path(str(error.filename)).name}")
+        except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return Rejected(path=_set_aside(path), why=why)
+
+    def of(self, step: int) -> Checkpoint | None:
+        """The checkpoint of a step; None when there is none, or it does not verify and was set aside."""
+        path = self._path(step)
+        found = self._read(path) if path in self.found() else None
+        return found if isinstance(found, Checkpoint) else None
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints there are, in order; verified or not."""
+        return [int(p.name.removeprefix("step-")) for p in self.found()]
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, once that of `step` has verified."""
+        for path in self.found():
+            if path.name > self._path(step).name:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}"
 
     def found(self) -> list[Path]:
         """Folders that are named as checkpoints are, the oldest first; verified or not."""
@@ -140,10 +166,11 @@ class Checkpoints:
         """What a kill during a write has left: never read."""
         return sorted(self.folder.glob("step-*.tmp-*")) if self.folder.is_dir() else []
 
-    def prune(self, keep: int, *, written: Path) -> None:
-        """Delete all but `keep` up to the one just written, and leftovers. Only after that one has verified."""
+    def prune(self, keep: int, *, written: Path, spared: int | None = None) -> None:
+        """Delete all but `keep` up to the one just written, and leftovers; not the one of step `spared`. Only after the
+        one just written has verified."""
         self._verified(written)
-        until = [p for p in self.found() if p.name <= written.name]
+        until = [p for p in self.found() if p.name <= written.name and (spared is None or p != self._path(spared))]
         for path in [*until[:-keep], *self.leftovers()]:
             shutil.rmtree(path, ignore_errors=True)
 

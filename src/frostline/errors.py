@@ -8,6 +8,7 @@ Read `FrostlineError` first; `did_you_mean` is the one place that offers near na
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -51,9 +52,17 @@ class RouteError(FrostlineError):
 
 
 class NonFiniteError(FrostlineError):
-    """The loss or a gradient stopped being finite; the weights are those before the update."""
+    """The loss or a gradient stopped being finite, or spiked; the weights are those before the update."""
 
     exit_code = 3
+
+    def __init__(self, message: str, *, loss: float = math.nan, gradient_norm: float = math.nan) -> None:
+        self.loss, self.gradient_norm = loss, gradient_norm
+        super().__init__(message)
+
+
+class SpikeError(NonFiniteError):
+    """The loss is finite, and far above those before it."""
 
 
 class PlanError(FrostlineError):

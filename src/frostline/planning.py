@@ -187,7 +187,10 @@ def plan_model(
     asked: Asked | None = None,
     trust_remote_code: bool = False,
 ) -> Planned:
-    """The plan of one AdamW step over a model: a folder, a hub name, or a bare configuration file."""
+    """The plan of one AdamW step over a model: a folder, a hub name, or a bare configuration file.
+
+    `device`: whose kernels; this machine's when left out, as for a recipe.
+    """
     source = checkpoint_of(model)
     anatomy = read_anatomy(load_skeleton(source, trust_remote_code=trust_remote_code))
     spec = StageSpec(learn=learn, steps=1, lr=1.0)
@@ -195,7 +198,7 @@ def plan_model(
     subject = Subject(
         source=source,
         schedule=schedule,
-        batching=Batching(rows=rows, length=length),
+        batching=Batching(rows=rows, length=length, device="cuda" if torch.cuda.is_available() else "cpu"),
         untied=False,
         trust_remote_code=trust_remote_code,
     )

@@ -134,15 +134,35 @@ def _differences(folder: RunFolder, recipe: Recipe) -> list[str]:
     return out
 
 
-FREE = ("checkpoint", "nonfinite")
+FREE = ("checkpoint", "nonfinite", "spike")
 """Keys of a recipe that may be edited between a stop and a resume: they change no step that was done."""
+
+
+MOST = 12
+"""So many edited keys are listed."""
 
 
 def _edits(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     """What of the recipe was edited since the checkpoint, as `key: old → new`."""
-    then, now = checkpoint.data["recipe"], recipe.as_dict()
-    keys = [k for k in dict.fromkeys([*then, *now]) if k not in FREE and then.get(k) != now.get(k)]
-    return [f"recipe {k}: {json.dumps(then.get(k))} → {json.dumps(now.get(k))}" for k in keys]
+    then, now = (keys_of(r) for r in (checkpoint.data["recipe"], recipe.as_dict()))
+    keys = [k for k in dict.fromkeys([*then, *now]) if k.split(".")[0] not in FREE and then.get(k) != now.get(k)]
+    more = [f"recipe: {len(keys) - MOST} more keys"] if len(keys) > MOST else []
+    return [f"recipe {k}: {_value(then, k)} → {_value(now, k)}" for k in keys[:MOST]] + more
+
+
+def keys_of(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested plain data as one level: `stages[0].optimizer.name`, each with its value."""
+    if isinstance(value, dict) and value:
+        inner = ((f"{key}.{k}" if key else str(k), v) for k, v in value.items())
+    elif isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
+        inner = ((f"{key}[{i}]", v) for i, v in enumerate(value))
+    else:
+        return {key: value}
+    return {k: v for name, part in inner for k, v in keys_of(part, name).items()}
+
+
+def _value(keys: dict[str, Any], key: str) -> str:
+    return json.dumps(keys[key], ensure_ascii=False) if key in keys else "(not there)"
 
 
 def _flat(key: str, value: Any) -> dict[str, Any]:

@@ -166,7 +166,8 @@ def carry_out(
     """Train, from the start or from a state, and audit. The folder is locked by the caller."""
     prepared, model, recipe = ready.prepared, ready.model, ready.prepared.recipe
     meters = StepMeters(model)
-    saver = Saver(Checkpoints(folder.checkpoints, run=run_name(folder)), recipe, saved=resumed.step if resumed else 0)
+    checkpoints = Checkpoints(folder.checkpoints, run=run_name(folder))
+    saver = Saver(checkpoints, recipe, saved=resumed.step if resumed else None)
     settings = loop_settings(ready)
     balanced = any(s.spec.moe for s in prepared.schedule.stages)
     with stop_on_signal() as stop, log_load(model, prepared.anatomy, folder, wanted=balanced) as logs:
@@ -178,7 +179,7 @@ def carry_out(
                 batches_of(recipe, prepared.train_rows, ready.device),
                 ready.loss,
                 folder=folder,
-                settings=replace(settings, watch=meters if ready.plan else None, save=saver),
+                settings=replace(settings, watch=meters if ready.plan else None, save=saver, go_back=saver.go_back),
                 held_out=held_out_batches(recipe, prepared.held_out_rows, ready.device),
                 observers=[*observers, *logs],
                 stop=stop,
@@ -411,6 +412,7 @@ def loop_settings(ready: Ready) -> LoopSettings:
     return LoopSettings(
         points=points,
         skip_limit=recipe.nonfinite.limit if recipe.nonfinite.policy == "skip" else 0,
+        spike=recipe.spike,
         flow_every=recipe.evidence.flow_every or FLOW_EVERY if points else None,
         loss_of=lambda stage: loss_of(stage, points, ready.loss),
         seed=recipe.seed,

@@ -119,10 +119,27 @@ class RunFolder:
         """A new, empty run folder. Raises `RunFolderError` when something is there already."""
         folder = cls(path)
         if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-            raise RunFolderError(f"{path} exists and is not empty; a run never overwrites: name another --out")
+            raise RunFolderError(f"{path} {folder._what_is_there()}: a run never overwrites; name another --out")
         with storage_errors(folder.path):
             folder.evidence.mkdir(parents=True)
         return folder
+
+    def _what_is_there(self) -> str:
+        """Of a path that something is at, in words; an unfinished run can be resumed."""
+        if not self.path.is_dir():
+            return "is a file"
+        try:
+            state, step = (self.read_status()[key] for key in ("state", "step"))
+        except RunFolderError:
+            return "exists and is not empty"
+        if state == "finished":
+            return f"holds a run, finished after step {step}"
+        if not self.recipe.exists() or not (self.path / "environment.json").exists():
+            return "holds a run that was killed while its folder was made (delete it)"
+        how = {"running": "is under way or was killed", "interrupted": f"was interrupted after step {step}"}
+        return (
+            f"holds a run that {how.get(state, f'failed after step {step}')} (`frostline resume {self.path}` goes on)"
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -300,7 +317,18 @@ class RunFolder:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def read_lines(self, path: Path) -> list[dict[str, Any]]:
-        """The rows of a `.jsonl` file of this folder; none when it does not exist."""
+        """The rows of a `.jsonl` file of this folder that count: not those of steps that were taken back. None when it
+        does not exist."""
+        rows: list[dict[str, Any]] = []
+        for row in self.read_all_lines(path):
+            if "rolled_back_to" in row:
+                rows = [r for r in rows if r["step"] <= row["rolled_back_to"]]
+            else:
+                rows.append(row)
+        return rows
+
+    def read_all_lines(self, path: Path) -> list[dict[str, Any]]:
+        """Every row of a `.jsonl` file of this folder, as it was appended; none when it does not exist."""
         if not path.exists():
             return []
         try:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from frostline.anatomy import Anatomy, Proof, SliceProof, parse_path
 from frostline.audit import FAILED, Audit, Diff, Row
-from frostline.engine import Evaluated, Event, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.engine import Evaluated, Event, RolledBack, RunStarted, StageEnded, StageStarted, StepDone
 from frostline.experiment.bench import Claims
 from frostline.experiment.demo import Demo
 from frostline.folding import Fold, fold
@@ -334,12 +334,26 @@ class ProgressLines:
                 self.seconds += event.seconds
                 speed = f"{event.n_targets / event.seconds:,.0f} tokens/s" if event.seconds else ""
                 self.progress.update(self.task, completed=event.step, numbers=f"loss {event.loss:.3f}  {speed}")
+                if event.skipped or event.spike:
+                    self.console.print(_trouble_line(event), highlight=False)
+            case RolledBack():
+                first, after = event.left_out
+                line = f"  {event.why}\n  back to step {event.to}; batches {first} to {after - 1} are left out"
+                self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+                self.progress.update(self.task, completed=event.to)
             case Evaluated():
                 self.console.print(f"  step {event.step:>5}  held-out loss {event.held_out_loss:.4f}", highlight=False)
             case StageEnded():
                 self.console.print(_ended_line(event, self.seconds), highlight=False)
                 self.n_steps -= event.n_skipped
                 self.progress.update(self.task, total=self.n_steps)
+
+
+def _trouble_line(event: StepDone) -> str:
+    """A step that was skipped, or whose loss jumped."""
+    if event.skipped:
+        return f"  step {event.step:>5}  skipped: loss {event.loss:g}, gradient norm {event.gradient_norm:g}"
+    return f"  step {event.step:>5}  the loss jumped to {event.loss:.4f}"
 
 
 def _stage_line(event: StageStarted) -> str:

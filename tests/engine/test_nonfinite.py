@@ -62,7 +62,7 @@ def test_a_skipped_step_changes_neither_weights_nor_moments_and_is_counted(
 
 def test_one_skipped_step_too_many_in_a_row_halts_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {2, 4, 5, 6})
-    with pytest.raises(NonFiniteError, match=r"step 6 \(stage one\)"):
+    with pytest.raises(NonFiniteError, match=r"step 6 \(stage one, batch 5\)"):
         train(recipe(tmp_path, nonfinite={"policy": "skip", "limit": 2}), out=tmp_path / "run")
 
 

@@ -622,7 +622,7 @@ def test_numbers_that_are_not_finite_at_the_first_step_of_a_stage_leave_whole_ev
     specs = [(e, StageSpec(learn=e, steps=2, lr=1e-3), select(anatomy, e)) for e in ("body", "head")]
     bad = Points(task.examples.x, task.examples.y * math.nan)
     run = RunFolder.create(tmp_path / "run")
-    with pytest.raises(NonFiniteError, match=r"step 3 \(stage head\)"):
+    with pytest.raises(NonFiniteError, match=r"step 3 \(stage head, batch 2\)"):
         train_loop(
             model, anatomy, Schedule.of(specs), lambda i, _: [bad if i == 2 else task.examples], squared_error,
             folder=run, settings=LoopSettings(),

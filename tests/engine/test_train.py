@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path, monke
         return original(model, batch) * (float("nan") if calls[0] == 5 else 1.0)  # type: ignore[arg-type]
 
     monkeypatch.setattr(running, "loss_of", lambda *_: loss)
-    with pytest.raises(NonFiniteError, match=r"step 5 \(stage ffn\)"):
+    with pytest.raises(NonFiniteError, match=r"step 5 \(stage ffn, batch 4\)"):
         frostline.train(tiny.recipe(tmp_path), out=tmp_path / "bad")
     monkeypatch.undo()
     stages = [

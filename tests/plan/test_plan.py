@@ -541,3 +541,21 @@ def test_four_hundred_billion_parameters_are_planned_in_under_a_minutes_work() -
     schedule = Schedule.of([("s", StageSpec(learn="ffn", steps=1, lr=1e-3), select(anatomy, "ffn"))])
     plan = make_plan(source, schedule, Batching(rows=1, length=4096))
     assert plan.n_parameters == pytest.approx(405.85e9, rel=1e-3)
+
+
+def test_a_model_is_planned_for_the_device_that_is_there_unless_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.json"
+    load_model(source_of("llama")).config.save_pretrained(tmp_path)  # type: ignore[union-attr, operator]
+
+    def peak(device: str | None = None) -> int:
+        found = plan_model(str(path), learn="ffn", rows=1, length=48, device=device)  # type: ignore[arg-type]
+        return found.plan.peak_bytes
+
+    by_cpu, by_cuda = peak("cpu"), peak("cuda")
+    assert by_cpu != by_cuda
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peak() == by_cpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert peak() == by_cuda

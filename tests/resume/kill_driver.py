@@ -1,14 +1,17 @@
-"""Runs kill trials for `test_kills.py`: a warm parent forks children that train, are killed by SIGKILL, and resume.
+"""Runs kill trials for the tests here: a warm parent forks children that train, are killed by SIGKILL, and resume.
 
-`python kill_driver.py FOLDER < PLAN`: the plan is JSON lines `{"name", "recipe", "kills": [...]}`; a kill is
-`{"after_step": k}`, `{"evaluated_at": k}`, or `{"at": point, "count": n}` for the n-th time a write of a checkpoint
-reaches a point. Prints, per trial, the files that differ from those of the run without kills.
+`python kill_driver.py FOLDER`, then JSON lines `{"name", "recipe", "kills": [...], "spoil": [...]}` on its input. A
+kill is `{"after_step": k}`, `{"evaluated_at": k}`, `{"rolled_back": true}`, or `{"at": point}` inside a write of a
+checkpoint, each with `"count": n` for the n-th time that this happens; `{"stop_after_step": k}` is a SIGTERM, after
+which the run saves. `spoil`: batches whose loss is NaN. Prints, per trial, the files that differ from those of the run
+without kills.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -20,39 +23,54 @@ import torch
 
 from frostline import checkpoints, train
 from frostline import run as running
-from frostline.engine import Evaluated, StepDone
+from frostline.engine import Evaluated, RolledBack, StepDone, next_token_loss
 from frostline.recipe import recipe_from_dict
 from frostline.resume import resume
 
 CLOCKS = {"timing.jsonl", "environment.json", "plan.json", "lock", "status.json"}
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+class Killer:
+    """An observer, and a function to call inside writes, that kills the process at the moment that is wanted."""
+
+    def __init__(self, wanted: dict[str, Any]) -> None:
+        self.wanted, self.left = wanted, wanted.get("count", 1)
+
+    def now(self, matches: bool, how: int = signal.SIGKILL) -> None:
+        self.left -= matches
+        if matches and self.left == 0:
+            os.kill(os.getpid(), how)
+
+    def __call__(self, event: object) -> None:
+        if isinstance(event, StepDone):
+            self.now(event.step == self.wanted.get("after_step"))
+            self.now(event.step == self.wanted.get("stop_after_step"), signal.SIGTERM)
+        elif isinstance(event, Evaluated):
+            self.now(event.step == self.wanted.get("evaluated_at"))
+        elif isinstance(event, RolledBack):
+            self.now("rolled_back" in self.wanted)
+
+    def reached(self, point: str) -> None:
+        self.now(point == self.wanted.get("at"))
 
 
-def observer(wanted: dict[str, Any]) -> Callable[[object], None]:
-    """Kills after a step, or in the middle of a measurement."""
+def spoil(batches: list[int]) -> None:
+    """Let the loss of these batches be NaN, whenever they come."""
+    batches_of, current = running.batches_of, [0]
 
-    def look(event: object) -> None:
-        if isinstance(event, StepDone) and event.step == wanted.get("after_step"):
-            kill()
-        if isinstance(event, Evaluated) and event.step == wanted.get("evaluated_at"):
-            kill()
+    def noted(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        inner = batches_of(*args, **kwargs)
 
-    return look
+        def get(batch: int, stage: Any) -> Any:
+            current[0] = batch
+            return inner(batch, stage)
 
+        return get
 
-def set_up(wanted: dict[str, Any]) -> None:
-    """Kills inside a write."""
-    seen = [0]
+    def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return next_token_loss(model, batch) * (math.nan if current[0] in batches else 1.0)
 
-    def reached(point: str) -> None:
-        seen[0] += point == wanted.get("at")
-        if point == wanted.get("at") and seen[0] == wanted.get("count", 1):
-            kill()
-
-    checkpoints.reached = reached
+    running.batches_of, running.loss_of = noted, lambda *_: loss  # type: ignore[assignment]
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -82,23 +100,32 @@ def without_clocks(path: Path) -> bytes:
     if path.name != "state.json":
         return path.read_bytes()
     state = json.loads(path.read_text())
-    state["records"].pop("timing.jsonl")
+    state["records"].pop("timing.jsonl", None)
     return json.dumps(state).encode()
 
 
-def trial(folder: Path, recipe: dict[str, Any], kills: list[dict[str, Any]]) -> list[int]:
+def finished(folder: Path) -> bool:
+    status = folder / "status.json"
+    return status.exists() and json.loads(status.read_text())["state"] == "finished"
+
+
+def trial(folder: Path, plan: dict[str, Any], kills: list[dict[str, Any]]) -> list[int]:
     """The wait statuses of a run with `kills`, the last one that of the resume that ends it."""
     statuses = []
-    for i, wanted in enumerate([*kills, {}]):
+    for wanted in [*kills, {}]:
+        killer = Killer(wanted)
 
-        def work(first: bool = i == 0, wanted: dict[str, Any] = wanted) -> None:
-            set_up(wanted)
+        def work(first: bool = not statuses, killer: Killer = killer) -> None:
+            checkpoints.reached = killer.reached
+            spoil(plan.get("spoil", []))
             if first:
-                train(recipe_from_dict(recipe), out=folder, observers=[observer(wanted)])
+                train(recipe_from_dict(plan["recipe"]), out=folder, observers=[killer])
             else:
-                resume(folder, observers=[observer(wanted)])
+                resume(folder, observers=[killer])
 
         statuses.append(forked(work))
+        if finished(folder):
+            break
     return statuses
 
 
@@ -109,12 +136,13 @@ def main() -> None:
     whole: dict[str, dict[str, str]] = {}
     for line in sys.stdin:
         plan = json.loads(line)
-        key = json.dumps(plan["recipe"], sort_keys=True)
+        key = json.dumps([plan["recipe"], plan.get("spoil")], sort_keys=True)
         if key not in whole:
             reference = root / f"whole-{len(whole)}"
-            assert forked(lambda r=plan["recipe"], f=reference: train(recipe_from_dict(r), out=f)) == 0
+            statuses = trial(reference, plan, [])
+            assert statuses == [0], f"the run without kills failed: {statuses}"
             whole[key] = digests(reference)
-        statuses = trial(root / plan["name"], plan["recipe"], plan["kills"])
+        statuses = trial(root / plan["name"], plan, plan["kills"])
         found = digests(root / plan["name"])
         differing = sorted(n for n in {*found, *whole[key]} if found.get(n) != whole[key].get(n))
         print(json.dumps({"name": plan["name"], "statuses": statuses, "differing": differing}), flush=True)

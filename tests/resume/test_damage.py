@@ -279,3 +279,19 @@ def test_emptied_records_are_an_error_of_the_folder(cut: Path, name: str) -> Non
     (cut / name).write_text('{"schema": 1}')
     with pytest.raises(RunFolderError):
         resume(cut)
+
+
+def test_what_was_edited_in_a_recipe_is_told_key_by_key(cut: Path) -> None:
+    text = (cut / "recipe.yaml").read_text()
+    edited = (
+        text.replace("steps: 4", "steps: 6").replace("batch: 4", "batch: 2").replace("name: adamw", "name: adam", 1)
+    )
+    (cut / "recipe.yaml").write_text(edited)
+    with pytest.raises(RunFolderError) as caught:
+        resume(cut)
+    lines = [line.strip() for line in str(caught.value).splitlines() if "→" in line]
+    assert lines == [
+        "recipe data.batch: 4 → 2",
+        'recipe stages[0].optimizer.name: "adamw" → "adam"',
+        "recipe stages[1].steps: 4 → 6",
+    ]

@@ -42,8 +42,8 @@ def run_trials(folder: Path, trials: list[dict[str, Any]]) -> list[dict[str, Any
 
 def check(found: list[dict[str, Any]], trials: list[dict[str, Any]]) -> None:
     assert [f["name"] for f in found] == [t["name"] for t in trials]
-    for f in found:
-        assert f["statuses"] == [signal.SIGKILL] * (len(f["statuses"]) - 1) + [0], f
+    for f, t in zip(found, trials, strict=True):
+        assert f["statuses"] == [0 if "stop_after_step" in k else signal.SIGKILL for k in t["kills"]] + [0], f
         assert f["differing"] == [], f
 
 
@@ -98,3 +98,25 @@ def test_routes_recomputation_and_bf16_survive(tmp_path: Path) -> None:
     data["evidence"] = {"gradients_every": 2, "flow_every": 2}
     trials = [{"name": f"step-{k}", "recipe": data, "kills": [{"after_step": k}]} for k in (2, 4, 5, 7)]
     check(run_trials(tmp_path, trials), trials)
+
+
+def test_killed_before_during_and_after_a_rollback_the_run_goes_back_to_the_same_step(tmp_path: Path) -> None:
+    """Batch 5 is the second of its stage: back to the stage's start. Batch 16: back past checkpoints that stops have
+    written, which a run without stops would not have."""
+    stages = [{**s, "steps": n} for s, n in zip(STAGES, (4, 5, 7), strict=False)]
+    stages[2].pop("plateau")
+    data = recipe(tmp_path, stages=stages, nonfinite={"policy": "rollback", "limit": 2})
+    data["checkpoint"] = {"every": 4, "minutes": None, "keep": 1}
+    kills: list[list[dict[str, Any]]] = [
+        [{"after_step": 5}],
+        [{"rolled_back": True}],
+        [{"rolled_back": True, "count": 2}],
+        [{"after_step": 5, "count": 2}],
+        [{"stop_after_step": 13}, {"rolled_back": True}],
+        [{"stop_after_step": 13}, {"stop_after_step": 14}, {"after_step": 13}, {"after_step": 14, "count": 2}],
+        [{"at": "before rename", "count": 3}],
+    ]
+    trials = [{"name": f"back-{i}", "recipe": data, "kills": k, "spoil": [5, 16]} for i, k in enumerate(kills)]
+    check(run_trials(tmp_path, trials), trials)
+    rows = [json.loads(line) for line in (tmp_path / "whole-0" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["rolled_back_to"]) for r in rows if "rolled_back_to" in r] == [(6, 4), (15, 12)]

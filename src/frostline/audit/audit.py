@@ -18,6 +18,7 @@ from frostline.anatomy import Anatomy, Neighbours, Slice, intersect, refine
 from frostline.audit.checks import check_records, evidence_of
 from frostline.audit.movement import Movement, measure, total
 from frostline.audit.states import States
+from frostline.audit.steps import without_update
 from frostline.audit.verdicts import NO_SIGNAL, WORST_FIRST, Audit, Declared, Row, Verdict
 from frostline.run_folder import Boundary, RunFolder, StageRecord, damaged_records
 
@@ -49,9 +50,12 @@ def _audit(folder: RunFolder) -> Audit:
     pieces = _pieces(anatomy, stages)
     states = States(folder, anatomy, pieces, n_stages=len(stages))
     gradients = _gradient_norms(folder, len(stages))
+    idle = without_update(folder, stages)
     rows: list[Row] = []
     for stage in stages:
-        findings = _findings(anatomy, stage, pieces, boundaries, states, gradients[stage.index])
+        findings = _findings(
+            anatomy, stage, pieces, boundaries, states, gradients[stage.index], idle=idle.get(stage.index)
+        )
         rows += _rows(anatomy, stage, findings)
     evidence = evidence_of(folder, anatomy, stages, boundaries, pieces, states, rows)
     return Audit(
@@ -89,7 +93,10 @@ def _findings(
     boundaries: list[Boundary],
     states: States,
     gradients: dict[str, float | None],
+    *,
+    idle: Verdict | None,
 ) -> list[_Finding]:
+    """Every piece in one stage. `idle`: why the stage made no update, if it made none."""
     learning = {str(s) for s in stage.learning}
     reached = stage.index + 1 < len(boundaries)
     floor = NO_SIGNAL * max((_rms(n, pieces[name]) for name, n in gradients.items() if n), default=0.0)
@@ -106,6 +113,8 @@ def _findings(
             verdict: Verdict = "derived"
         elif not learns:
             verdict = "unchanged" if before == after != "missing" else "FROZEN BUT MOVED"
+        elif idle and before == after:
+            verdict = idle
         elif norm == 0:
             verdict = "zero gradient"
         elif norm is not None and _rms(norm, piece) <= floor:

@@ -6,6 +6,7 @@ import math
 
 from frostline.anatomy import Anatomy, Slice, intersect, reaches_outside, subtract_all
 from frostline.audit.states import States
+from frostline.audit.steps import steps_evidence
 from frostline.audit.verdicts import RAN_TO_ITS_END, Basis, Evidence, Row
 from frostline.choices import contradictions, read_choice
 from frostline.environment import hash_file
@@ -83,6 +84,7 @@ def evidence_of(
         *_choice(folder, anatomy),
         _finite(folder),
         _strays(folder, anatomy, stages),
+        *steps_evidence(folder),
         *([_past_stops(folder, anatomy, stages, pieces)] if any(cut_off(s, anatomy) for s in stages) else []),
     ]
 

@@ -22,14 +22,17 @@ Verdict = Literal[
     "no signal",
     "zero gradient",
     "no gradient",
+    "every step skipped",
+    "no step done",
     "derived",
     "not reached",
 ]
 """`unchanged`, `moved`: as declared. `lost to rounding`: no step could be large enough to
 reach the next number that the piece's dtype has. `no signal`: its gradient is zero but for rounding.
 `zero gradient`: exactly zero at every sampled step, as for an expert that no token is routed to. `no gradient`: the
-loss does not depend on it. `derived`: a buffer that the forward pass itself rewrites. `not reached`: the run stopped
-before."""
+loss does not depend on it. `every step skipped`, `no step done`: the stage made no update at all, because nothing in it
+was finite, or because the run halted at its first step. `derived`: a buffer that the forward pass itself rewrites.
+`not reached`: the run stopped before."""
 
 FAILED: frozenset[str] = frozenset({"FROZEN BUT MOVED", "LEARNING BUT UNMOVED"})
 WORST_FIRST: tuple[Verdict, ...] = (
@@ -40,6 +43,8 @@ WORST_FIRST: tuple[Verdict, ...] = (
     "no signal",
     "zero gradient",
     "no gradient",
+    "every step skipped",
+    "no step done",
     "unchanged",
     "derived",
     "not reached",

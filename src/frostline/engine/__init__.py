@@ -1,6 +1,15 @@
 """The engine: exact execution of a schedule, and the evidence of it. Read `train.py`, then `owned.py`."""
 
-from frostline.engine.events import Evaluated, Event, Observer, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.engine.events import (
+    Evaluated,
+    Event,
+    Observer,
+    RolledBack,
+    RunStarted,
+    StageEnded,
+    StageStarted,
+    StepDone,
+)
 from frostline.engine.fused_loss import Chosen, How, choose_loss
 from frostline.engine.loss import loss_of, next_token_loss
 from frostline.engine.optimizers import check_installed
@@ -19,6 +28,7 @@ __all__ = [
     "LossFunction",
     "Observer",
     "Points",
+    "RolledBack",
     "RunStarted",
     "StageEnded",
     "StageStarted",

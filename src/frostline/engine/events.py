@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from frostline.engine.flow import Flow
+from frostline.errors import NonFiniteError
 from frostline.schedule import Schedule, Stage
 
 
@@ -44,6 +45,8 @@ class StepDone:
     seconds: float
     skipped: bool = False
     """Whether the update was left out, because loss or gradients were not finite."""
+    spike: bool = False
+    """Whether the loss is far above those before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,5 +90,19 @@ class StageEnded:
     """Bytes of gradients, optimizer state and copies of slices that the next stage needs."""
 
 
-Event = RunStarted | StageStarted | StepDone | Evaluated | Measured | StageEnded
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolledBack:
+    """In place of `StepDone`: the run has gone back to a checkpoint."""
+
+    stage: Stage
+    step: int
+    """The step that was not done (1-based)."""
+    to: int
+    """Steps done, now."""
+    left_out: tuple[int, int]
+    """The first batch that is never trained on again, and the one after the last."""
+    why: NonFiniteError
+
+
+Event = RunStarted | StageStarted | StepDone | RolledBack | Evaluated | Measured | StageEnded
 Observer = Callable[[Event], None]

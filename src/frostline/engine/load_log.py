@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy
-from frostline.engine.events import Event, Measured, Observer, StepDone
+from frostline.engine.events import Event, Measured, Observer, RolledBack, StepDone
 from frostline.engine.recompute import recomputing
 from frostline.moe import Routed, Site, find_sites, keep_choice
 from frostline.run_folder import RunFolder
@@ -61,5 +61,7 @@ class _LoadLog:
         if isinstance(event, StepDone) and self.load:
             load = {name: counts.tolist() for name, counts in self.load.items()}
             self.folder.append(self.folder.load, {"step": event.step, "stage": event.stage.index, "load": load})
-        if isinstance(event, (StepDone, Measured)):
+        if isinstance(event, RolledBack) and self.load:
+            self.folder.append(self.folder.load, {"step": event.step, "rolled_back_to": event.to})
+        if isinstance(event, (StepDone, Measured, RolledBack)):
             self.load = {}

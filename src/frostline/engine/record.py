@@ -7,19 +7,21 @@ so that in every stage a piece learns as a whole or not at all. Read `Recorder` 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from frostline.anatomy import Anatomy, Slice, fingerprint, refine, take, whole
-from frostline.engine.events import Evaluated, Event, Measured, StageEnded, StageStarted, StepDone
+from frostline.anatomy import Anatomy, Slice, fingerprint, put, refine, take, whole
+from frostline.engine.events import Evaluated, Event, Measured, RolledBack, StageEnded, StageStarted, StepDone
 from frostline.engine.optimizers import leaves, state_bytes
 from frostline.engine.owned import Ownership
-from frostline.run_folder import Boundary, RunFolder, StageRecord, storage_errors
+from frostline.errors import RunFolderError
+from frostline.run_folder import Boundary, RunFolder, StageRecord, damaged_records, storage_errors
 from frostline.schedule import Schedule, Stage
 from frostline.selection import Selection
 
@@ -64,6 +66,7 @@ class Recorder:
         self._hashes: list[dict[str, str]] = []
         self._norms: dict[str, list[float | None]] = {}
         self._drifted: dict[str, None] = {}
+        self._updated = False
         folder.write_anatomy(anatomy)
         self.lay(schedule)
 
@@ -98,9 +101,12 @@ class Recorder:
     def resume(self, stage: Stage, drifted: tuple[str, ...], *, ended: bool) -> None:
         """Go on in the middle of `stage`, from what the folder holds; `ended`: at its end, its records written."""
         self._hashes = [self.folder.read_boundaries()[-1].hashes]
+        self._norms, self._drifted, self._updated = {}, {}, False
         if ended:
             return
         self._drifted = dict.fromkeys(drifted)
+        rows = self.folder.read_lines(self.folder.metrics)
+        self._updated = any(r["stage"] == stage.name and "loss" in r and not r.get("skipped") for r in rows)
         for sample in self.folder.read_gradients():
             if sample.stage == stage.index:
                 for name, norm in sample.norms.items():
@@ -125,8 +131,22 @@ class Recorder:
         with storage_errors(self.folder.entry(stage.index)):
             save_file(values, self.folder.entry(stage.index))
 
+    def put_entry(self, stage: Stage, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Put back what `stage` started to train. Raises `RunFolderError` unless it is what was recorded then."""
+        start, pieces = self.folder.read_boundaries()[stage.index].hashes, self.learning[stage.index]
+        with damaged_records(self.folder.path), safe_open(self.folder.entry(stage.index), framework="pt") as file:
+            values = {p: file.get_tensor(str(p)) for p in pieces}
+            wrong = [str(p) for p, v in values.items() if fingerprint(v) != start[str(p)]]
+        if wrong:
+            raise RunFolderError(f"{self.folder.entry(stage.index)}: {wrong[0]} is not what the stage started with")
+        with torch.no_grad():
+            for piece, value in values.items():
+                put(parameters[piece.tensor], piece, value.to(parameters[piece.tensor].device))
+
     def gradients(self, stage: Stage, step: int, ownership: Ownership) -> None:
-        """Record the gradient norm of every learning piece, if `step` (steps done, this one included) is sampled."""
+        """Called before an update: record the gradient norm of every learning piece, if `step` (steps done, this one
+        included) is sampled."""
+        self._updated = True
         if step % self.gradients_every and step not in (stage.start + 1, stage.end):
             return
         norms = {}
@@ -161,13 +181,32 @@ class Recorder:
             step=stage.end,
             n_skipped=n_skipped,
             n_moved=len(self.learning[stage.index]) - len(still),
-            unmoved=tuple((name, _why_unmoved(self._norms.get(name, []))) for name in still),
+            unmoved=tuple((name, self._why_unmoved(name)) for name in still),
             buffers_restored=tuple(self._drifted),
             following=following,
             following_bytes=stage_bytes(following, self._element_bytes) if following else 0,
         )
-        self._norms, self._drifted = {}, {}
+        self._norms, self._drifted, self._updated = {}, {}, False
         return event
+
+    def _why_unmoved(self, name: str) -> str:
+        """What is known of a learning piece that did not move: whether there was an update, and its gradients."""
+        norms = self._norms.get(name, [])
+        if not self._updated:
+            return "every step was skipped"
+        if not norms or all(n is None for n in norms):
+            return "no gradient arrived"
+        return "its gradient is zero" if not any(norms) else "every step was too small for its next number"
+
+    def _took_back(self, event: RolledBack) -> None:
+        """Say in every record of steps that those since the checkpoint do not count; they stay where they are."""
+        marker = {"step": event.step, "rolled_back_to": event.to}
+        numbers = {"loss": event.why.loss, "gradient_norm": event.why.gradient_norm}
+        more = {"stage": event.stage.name, **numbers, "left_out": list(event.left_out), "why": str(event.why)}
+        self.folder.append(self.folder.metrics, {**marker, **more})
+        for path in (self.folder.gradients, self.folder.flow):
+            if path.exists():
+                self.folder.append(path, marker)
 
     def _element_bytes(self, tensor: str) -> int:
         return self.anatomy.tensor[tensor].element_bytes
@@ -184,6 +223,7 @@ class Recorder:
                         "gradient_norm": event.gradient_norm,
                         "n_targets": event.n_targets,
                         **({"skipped": True} if event.skipped else {}),
+                        **({"spike": True} if event.spike else {}),
                     },
                 )
                 self.folder.append(
@@ -194,6 +234,8 @@ class Recorder:
                         "tokens_per_s": event.n_targets / event.seconds if event.seconds else None,
                     },
                 )
+            case RolledBack():
+                self._took_back(event)
             case Evaluated():
                 self.folder.append(
                     self.folder.metrics,
@@ -225,13 +267,6 @@ class Recorder:
                 )
             case _:
                 pass
-
-
-def _why_unmoved(norms: list[float | None]) -> str:
-    """What the sampled gradients say about a learning piece that did not move."""
-    if not norms or all(n is None for n in norms):
-        return "no gradient arrived"
-    return "its gradient is zero" if not any(norms) else "every step was too small for its next number"
 
 
 def stage_bytes(stage: Stage, element_bytes: Callable[[str], int]) -> int:

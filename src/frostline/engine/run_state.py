@@ -16,6 +16,7 @@ from torch import nn
 from frostline.anatomy import Anatomy, Slice, put, slice_from_json, slice_to_json, take
 from frostline.engine.optimizers import make_optimizer
 from frostline.engine.owned import own
+from frostline.engine.rollback import Window
 from frostline.engine.stage_switch import Active, Memory, StoredState, let_learn
 from frostline.schedule import Stage
 
@@ -38,6 +39,10 @@ class RunState:
     """Buffers that the stage has put back."""
     n_skipped: int
     """Steps in a row, the last one included, whose update was left out."""
+    recent: tuple[float, ...]
+    """The stage's last losses, for the detection of spikes."""
+    left_out: tuple[Window, ...]
+    """Batches that rollbacks have left out."""
     records: Mapping[str, int]
     """Record of the run folder → its bytes, or its number of files: what comes after was written later."""
     leaves: tuple[tuple[Slice, dict[str, Any]], ...]
@@ -94,6 +99,8 @@ def to_files(state: RunState) -> tuple[Tensors, dict[str, Any]]:
         "losses": list(state.losses),
         "drifted": list(state.drifted),
         "n_skipped": state.n_skipped,
+        "recent": list(state.recent),
+        "left_out": [list(w) for w in state.left_out],
         "records": dict(state.records),
         "weights": [slice_to_json(p) for p in state.weights],
         "leaves": leaves,
@@ -112,6 +119,8 @@ def from_files(tensors: Tensors, data: Mapping[str, Any]) -> RunState:
         losses=tuple(data["losses"]),
         drifted=tuple(data["drifted"]),
         n_skipped=data["n_skipped"],
+        recent=tuple(data.get("recent", ())),
+        left_out=tuple((first, after) for first, after in data.get("left_out", ())),
         records=data["records"],
         weights={slice_from_json(p): tensors["weights"][str(i)] for i, p in enumerate(data["weights"])},
         leaves=tuple((slice_from_json(r["piece"]), _read(r, optimizer)) for r in data["leaves"]),

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy, fingerprint
 from frostline.engine.buffers import FrozenBuffers
-from frostline.engine.events import Evaluated, Event, Measured, Observer, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.engine.events import (
+    Evaluated,
+    Event,
+    Measured,
+    Observer,
+    RolledBack,
+    RunStarted,
+    StageEnded,
+    StageStarted,
+    StepDone,
+)
 from frostline.engine.flow import measure_flow
 from frostline.engine.nonfinite import find_nonfinite
 from frostline.engine.record import Recorder
+from frostline.engine.rollback import Window, batch_of, is_spike, last_return, window_of
 from frostline.engine.routes import Points, set_routes
 from frostline.engine.run_state import RunState, capture, reenter
 from frostline.engine.stage_switch import Active, Memory, set_modes, switch
 from frostline.engine.step import Countable, LossFunction, step
-from frostline.errors import NonFiniteError, RecipeError, RouteError
+from frostline.errors import NonFiniteError, RecipeError, RouteError, SpikeError
 from frostline.randomness import derive_seed
+from frostline.recipe import SpikeSpec
 from frostline.run_folder import RunFolder
 from frostline.schedule import Schedule, Stage, plateaued
 
 CPU = torch.device("cpu")
 
+Moment = Literal["start", "step", "stage end", "stop"]
+"""When a state may be saved: before the first step, after a step, at a stage's last one, when the run is stopped."""
+
 BatchFunction = Callable[[int, Stage], Sequence[Countable]]
-"""(step, its stage) → the micro-batches of the step: a pure function."""
+"""(batch, the stage of its step) → the micro-batches of the step: a pure function. Batches count as steps do, over
+those that a rollback has left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +69,13 @@ class LoopSettings:
     """What each stage minimises, where that is not the loss that is measured."""
     skip_limit: int = 0
     """So many steps in a row that are not finite may be left out; 0: the first one stops the run."""
-    save: Callable[[int, bool, Callable[[], RunState]], None] | None = None
-    """(steps done, whether a stage just ended, the state on demand) → None; called after every step, and at a stop."""
+    spike: SpikeSpec | None = None
+    """What loss is a spike, and what then."""
+    save: Callable[[int, Moment, Callable[[], RunState]], None] | None = None
+    """(steps done, what moment this is, the state on demand) → None; called before the first step, after every one, and
+    at a stop."""
+    go_back: Callable[[NonFiniteError, int, int, int], RunState] | None = None
+    """(why, steps done, the first step to go back to, rollbacks so far) → the state of a checkpoint; raises, if not."""
     watch: Callable[[Active, int], AbstractContextManager[None]] | None = None
     """(stage in progress, its step) → a context around that step that only looks; for measuring."""
 
@@ -97,6 +120,9 @@ def train_loop(
     active: Active | None = None
     endings: list[int] = []
     losses: list[float] = []
+    done, n_skipped = 0, 0
+    recent: list[float] = []
+    left_out: list[Window] = []
 
     def tell(event: Event) -> None:
         for observer in (recorder.event, *observers):
@@ -110,6 +136,34 @@ def train_loop(
         tell(Evaluated(stage=stage, step=done, held_out_loss=value))
         return value
 
+    def enter(saved: RunState) -> Active:
+        """Go on from a saved state."""
+        nonlocal done, n_skipped, endings, losses, recent, schedule
+        done, endings, losses = saved.step, list(saved.endings), list(saved.losses)
+        n_skipped, recent = saved.n_skipped, list(saved.recent)
+        schedule = schedule.ended(endings)
+        memory.clear()
+        memory.update(saved.memory)
+        entered = reenter(parameters, anatomy, schedule.stages[saved.stage], saved)
+        enter_routes(settings.points, entered.stage)
+        recorder.resume(entered.stage, saved.drifted, ended=len(endings) > saved.stage)
+        set_modes(model, entered.stage)
+        return entered
+
+    def take_back(why: NonFiniteError, left: Active) -> Active:
+        """Go back to a checkpoint of this stage, or of its start, and leave out the batches since. Raises `why`."""
+        stage = left.stage
+        if settings.go_back is None:
+            raise why
+        saved = settings.go_back(why, done, max(stage.start, last_return(left_out)), len(left_out))
+        left.ownership.release()
+        window = window_of(saved.step, done, left_out)
+        tell(RolledBack(stage=stage, step=done + 1, to=saved.step, left_out=window, why=why))
+        if saved.stage != stage.index:  # the stage's start: what only this stage trains is in no checkpoint
+            recorder.put_entry(stage, parameters)
+        left_out.append(window)
+        return enter(saved)
+
     def state() -> RunState:
         assert active is not None
         return capture(
@@ -122,25 +176,20 @@ def train_loop(
             losses=tuple(losses),
             drifted=recorder.drifts,
             n_skipped=n_skipped,
+            recent=tuple(recent),
+            left_out=tuple(left_out),
             records=folder.record_sizes(),
         )
 
-    done, n_skipped = 0, 0
     derived = find_derived_buffers(model, batches(0, schedule.stages[0])[0], loss)
     if resumed is None:
         tell(RunStarted(schedule=schedule))
         recorder.boundary(0, step=0, derived=derived)
     else:
-        done, endings, losses = resumed.step, list(resumed.endings), list(resumed.losses)
-        n_skipped = resumed.n_skipped
-        schedule = schedule.ended(endings)
+        left_out = list(resumed.left_out)
+        active = enter(resumed)
         recorder.lay(schedule)
         tell(RunStarted(schedule=schedule, done=done))
-        memory = dict(resumed.memory)
-        active = reenter(parameters, anatomy, schedule.stages[resumed.stage], resumed)
-        enter_routes(settings.points, active.stage)
-        recorder.resume(active.stage, resumed.drifted, ended=len(endings) > resumed.stage)
-        set_modes(model, active.stage)
     buffers = FrozenBuffers(model, derived)
     try:
         while done < schedule.n_steps and not stop():
@@ -152,19 +201,28 @@ def train_loop(
                 recorder.entry(stage)
                 n_owned = len(active.ownership.owned)
                 tell(StageStarted(stage=stage, n_restored=active.n_restored, n_owned=n_owned))
-                losses = []
+                losses, recent = [], []
                 if done == 0:
                     measure(stage, done)
+                    if settings.save:
+                        settings.save(done, "start", state)
             if settings.flow_every and (done - stage.start) % settings.flow_every == 0:
                 tell(_flow(model, stage, held_out, settings, done))
                 set_modes(model, stage)
             objective = settings.loss_of(stage) if settings.loss_of else loss
             with settings.watch(active, done - stage.start) if settings.watch else nullcontext():
-                micro_batches, may_skip = batches(done, stage), n_skipped < settings.skip_limit
-                event = _one_step(
-                    model, active, schedule, micro_batches, objective, recorder, settings, at=done, may_skip=may_skip
-                )
+                batch, may_skip = batch_of(done, left_out), n_skipped < settings.skip_limit
+                try:
+                    event = _one_step(
+                        model, active, schedule, batches(batch, stage), objective, recorder, settings,
+                        at=done, batch=batch, may_skip=may_skip, recent=recent,
+                    )  # fmt: skip
+                except NonFiniteError as why:
+                    recorder.drifted(buffers.restore())
+                    active = take_back(why, active)
+                    continue
             n_skipped = n_skipped + 1 if event.skipped else 0
+            recent = recent if event.skipped or not settings.spike else [*recent, event.loss][-settings.spike.window :]
             tell(event)
             recorder.drifted(buffers.restore())
             done += 1
@@ -180,9 +238,9 @@ def train_loop(
                 schedule = schedule.ended(endings)
                 tell(_end_stage(schedule, stage.index, recorder, n_skipped=stage.end - done))
             if settings.save:
-                settings.save(done, len(endings) > stage.index, state)
+                settings.save(done, "stage end" if len(endings) > stage.index else "step", state)
         if settings.save and active is not None and done < schedule.n_steps:
-            settings.save(done, True, state)
+            settings.save(done, "stop", state)
     finally:
         if active is not None:
             active.ownership.release()
@@ -226,11 +284,13 @@ def _one_step(
     settings: LoopSettings,
     *,
     at: int,
+    batch: int,
     may_skip: bool,
+    recent: Sequence[float],
 ) -> StepDone:
     started = time.perf_counter()
     stage, ownership, optimizer = active.stage, active.ownership, active.optimizer
-    seed = derive_seed(settings.seed, "step", at)
+    seed = derive_seed(settings.seed, "step", batch)
     computed = step(model, micro_batches, loss, seed=seed, device=settings.device, bf16=settings.bf16)
     value, norm = computed.loss.item(), ownership.norm()
     finite = math.isfinite(value) and bool(norm.isfinite())
@@ -240,8 +300,19 @@ def _one_step(
             model, stage.selection, ownership, micro_batches, loss, seed=seed, device=device, bf16=bf16
         )
         raise NonFiniteError(
-            f"step {at + 1} (stage {stage.name}): loss {value}, gradient norm {norm.item()}; stopped before the "
-            f"update; {where}"
+            f"step {at + 1} (stage {stage.name}, batch {batch}): loss {value}, gradient norm {norm.item()}; stopped "
+            f"before the update; {where}",
+            loss=value,
+            gradient_norm=norm.item(),
+        )
+    spike = finite and is_spike(value, recent, settings.spike)
+    if spike and settings.spike and settings.spike.policy != "warn":
+        raise SpikeError(
+            f"step {at + 1} (stage {stage.name}, batch {batch}): loss {value:.4g} is a spike, above "
+            f"{settings.spike.factor:g} times the median of the {len(recent)} losses before it, "
+            f"{statistics.median(recent):.4g}; stopped before the update",
+            loss=value,
+            gradient_norm=norm.item(),
         )
     lr = optimizer.set_rate(schedule.rate_at(at))
     if finite:
@@ -259,6 +330,7 @@ def _one_step(
         n_targets=computed.n_targets,
         seconds=time.perf_counter() - started,
         skipped=not finite,
+        spike=spike,
     )
 
 

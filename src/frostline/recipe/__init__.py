@@ -11,7 +11,17 @@ from frostline.recipe.data_spec import (
 from frostline.recipe.load import load_recipe, recipe_from_dict
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.moe_spec import MoeSpec
-from frostline.recipe.recipe import CheckpointSpec, EvalSpec, EvidenceSpec, Recipe, RunRateSpec, plain, stage_name
+from frostline.recipe.recipe import (
+    CheckpointSpec,
+    EvalSpec,
+    EvidenceSpec,
+    NonFiniteSpec,
+    Recipe,
+    RunRateSpec,
+    SpikeSpec,
+    plain,
+    stage_name,
+)
 from frostline.recipe.route_spec import RouteSpec
 from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 from frostline.recipe.yaml_text import dump_yaml
@@ -23,6 +33,7 @@ __all__ = [
     "EvidenceSpec",
     "FormatName",
     "MoeSpec",
+    "NonFiniteSpec",
     "OptimizerSpec",
     "PlateauSpec",
     "Recipe",
@@ -30,6 +41,7 @@ __all__ = [
     "RunRateSpec",
     "ScratchModel",
     "SourceSpec",
+    "SpikeSpec",
     "StageSpec",
     "TrainedTokenizer",
     "data_paths",

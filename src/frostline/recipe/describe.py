@@ -11,7 +11,15 @@ from pydantic_core import PydanticUndefined
 from frostline.recipe.data_spec import DataSpec, SourceSpec
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.moe_spec import MoeSpec
-from frostline.recipe.recipe import EvalSpec, EvidenceSpec, Recipe, RunRateSpec
+from frostline.recipe.recipe import (
+    CheckpointSpec,
+    EvalSpec,
+    EvidenceSpec,
+    NonFiniteSpec,
+    Recipe,
+    RunRateSpec,
+    SpikeSpec,
+)
 from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -26,6 +34,9 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`moe:` of a stage", MoeSpec),
     ("`lr_across:`", RunRateSpec),
     ("`eval:`", EvalSpec),
+    ("`nonfinite:`", NonFiniteSpec),
+    ("`spike:`", SpikeSpec),
+    ("`checkpoint:`", CheckpointSpec),
     ("`evidence:`", EvidenceSpec),
 )
 

@@ -50,11 +50,26 @@ class CheckpointSpec(Record):
 class NonFiniteSpec(Record):
     """What happens when a loss or a gradient is not finite; the update never does."""
 
-    policy: Literal["halt", "skip"] = "halt"
+    policy: Literal["halt", "skip", "rollback"] = "halt"
     """`halt`: the run stops before the update and says where it began. `skip`: the step changes nothing, optimizer
-    state included, and is counted."""
+    state included, and is counted. `rollback`: the run goes back to its newest checkpoint (of `checkpoint.every`, or of
+    a stage's end) and on from there without the batches in between; the log keeps what was taken back, marked."""
     limit: Annotated[int, Field(ge=1)] = 3
-    """At most so many steps in a row are skipped; the next one halts the run."""
+    """At most so many steps in a row are skipped, or so many times in all a run goes back; the next one halts it."""
+
+
+class SpikeSpec(Record):
+    """When a finite loss is a spike, and what then. Off, unless a recipe has this record."""
+
+    factor: Annotated[float, Field(gt=1)] = 2.0
+    """A spike is a training loss above so many times the median of the stage's losses before it."""
+    window: Annotated[int, Field(ge=2)] = 20
+    """So many losses the median is of; a stage has no spike before it has so many."""
+    policy: Literal["warn", "halt", "rollback"] = "warn"
+    """`warn`: the step is marked in the log, and said. `halt`: the run stops before the update. `rollback`: as for
+    numbers that are not finite."""
+    limit: Annotated[int, Field(ge=1)] = 3
+    """At most so many times in all a run goes back; the next one halts it."""
 
 
 class EvidenceSpec(Record):
@@ -103,6 +118,8 @@ class Recipe(Record):
     """Held-out loss."""
     nonfinite: NonFiniteSpec = NonFiniteSpec()
     """NaN and infinity."""
+    spike: SpikeSpec | None = None
+    """Losses that jump: `{factor: 2, window: 20, policy: warn}`; nothing is looked for when left out."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """Where the run can go on from."""
     evidence: EvidenceSpec = EvidenceSpec()
@@ -116,6 +133,20 @@ class Recipe(Record):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two stages are named '{name}'")
+        return self
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether the run may go back to a checkpoint of its own."""
+        return self.nonfinite.policy == "rollback" or (self.spike is not None and self.spike.policy == "rollback")
+
+    @model_validator(mode="after")
+    def _a_rollback_has_somewhere_to_go(self) -> Recipe:
+        if self.rolls_back and self.checkpoint.every is None:
+            raise ValueError(
+                "a rollback goes back to a checkpoint of a fixed step, where a resumed run would go back to as well: "
+                "say how many steps lie between them, as in checkpoint: {every: 100}"
+            )
         return self
 
     @model_validator(mode="after")
