@@ -50,6 +50,7 @@ from frostline.errors import (
     RunFolderError,
     SelectionError,
 )
+from frostline.expansion import Expansion, expand, named_in
 from frostline.feed import batches_of, get_tokenizer, held_out_batches, make_rows
 from frostline.measuring import choose
 from frostline.model import load_model, load_skeleton, save_model, untie
@@ -79,6 +80,9 @@ class Prepared:
     """A recipe that was found to make sense: everything but the weights."""
 
     recipe: Recipe
+    """With plain stages."""
+    expansion: Expansion | None
+    """The named schedule that the stages come from."""
     anatomy: Anatomy
     schedule: Schedule
     choice: Choice | None
@@ -279,7 +283,7 @@ def save_result(model: nn.Module, tokenizer: Any, folder: RunFolder) -> None:
 
 
 def prepare(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: bool = False) -> Prepared:
-    """Check a recipe against its model and data; reads no weights and writes nothing.
+    """Check a recipe against its model and data; writes nothing, and reads weights only where its schedule ranks them.
 
     `choice`: what its selections mean where they depend on a measurement. Raises a `FrostlineError`.
     """
@@ -287,14 +291,18 @@ def prepare(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: 
     if recipe.ties == "untie":
         untie(skeleton)
     anatomy = read_anatomy(skeleton)
+    recipe, expansion = expand(recipe, anatomy, trust_remote_code=trust_remote_code)
     choice = choice or make_choice(recipe, anatomy)
-    selections = make_selections(recipe, anatomy, choice)
+    with named_in(expansion):
+        selections = make_selections(recipe, anatomy, choice)
     tokenizer = get_tokenizer(recipe, trust_remote_code=trust_remote_code)
     train_rows, held_out_rows = make_rows(recipe, tokenizer)
-    schedule = make_schedule(recipe, selections, n_rows=len(train_rows))
+    with named_in(expansion):
+        schedule = make_schedule(recipe, selections, n_rows=len(train_rows))
     check_routes(skeleton, anatomy, schedule)
     return Prepared(
         recipe=recipe,
+        expansion=expansion,
         anatomy=anatomy,
         schedule=schedule,
         choice=choice,
@@ -307,10 +315,13 @@ def prepare(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: 
 def make_selections(recipe: Recipe, anatomy: Anatomy, choice: Choice | None = None) -> list[Selection]:
     """What learns in each stage. Raises `RecipeError` naming the stage: for its selection, its settings by part, or an
     optimizer that is not installed."""
-    selections = []
+    selections: list[Selection] = []
+    known: dict[str, Selection] = {}
     for i, spec in enumerate(recipe.stages):
         learn = choice.of(spec.learn) if choice else spec.learn
-        selections.append(_select(anatomy, learn, recipe.ties, stage=i))
+        if learn not in known:
+            known[learn] = _select(anatomy, learn, recipe.ties, stage=i)
+        selections.append(known[learn])
         check_installed(spec.optimizer.name)
         try:
             make_groups(selections[-1], spec)
@@ -388,6 +399,8 @@ def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
     if prepared.choice:
         write_choice(folder, prepared.choice)
     write_text(folder.recipe, dump_yaml(recipe.as_dict()))
+    if prepared.expansion:
+        folder.write_json("expansion.json", prepared.expansion.to_json())
     folder.write_json(
         "environment.json",
         {

@@ -19,6 +19,7 @@
     checkpoints/              where an interrupted run goes on from
     lock                      held by the process that works on the run
     model/                    the trained model; plain transformers loads it
+    expansion.json            the named schedule that the stages come from, when there was one, and what it measured
     claims.json, samples.json, report.html   when they were asked for
 
 A *piece* is a slice of one component that every stage treats as one: all of it learns, or none of it.

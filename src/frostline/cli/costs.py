@@ -40,6 +40,7 @@ def plan(
 ) -> None:
     """Say what a run will cost, without weights and without a GPU."""
     from frostline.planning import Asked, plan_model, plan_recipe
+    from frostline.recipe import is_recipe
     from frostline.terminal_plan import print_plan
     from frostline.units import parse_bytes, parse_flops
 
@@ -52,7 +53,7 @@ def plan(
         )
     except ValueError as error:
         raise PlanError(str(error)) from None
-    if recipe.endswith((".yaml", ".yml")):
+    if is_recipe(recipe):
         found = plan_recipe(
             Path(recipe),
             overrides=overrides or (),

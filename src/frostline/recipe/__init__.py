@@ -8,7 +8,7 @@ from frostline.recipe.data_spec import (
     source_names,
     source_of,
 )
-from frostline.recipe.load import load_recipe, recipe_from_dict
+from frostline.recipe.load import load_recipe, recipe_from_dict, with_stages
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.moe_spec import MoeSpec
 from frostline.recipe.recipe import (
@@ -23,16 +23,20 @@ from frostline.recipe.recipe import (
     stage_name,
 )
 from frostline.recipe.route_spec import RouteSpec
+from frostline.recipe.schedule_spec import DurationSpec, NamedSchedule
+from frostline.recipe.shipped import is_recipe, shipped_recipes
 from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 from frostline.recipe.yaml_text import dump_yaml
 
 __all__ = [
     "CheckpointSpec",
     "DataSpec",
+    "DurationSpec",
     "EvalSpec",
     "EvidenceSpec",
     "FormatName",
     "MoeSpec",
+    "NamedSchedule",
     "NonFiniteSpec",
     "OptimizerSpec",
     "PlateauSpec",
@@ -46,10 +50,13 @@ __all__ = [
     "TrainedTokenizer",
     "data_paths",
     "dump_yaml",
+    "is_recipe",
     "load_recipe",
     "plain",
     "recipe_from_dict",
+    "shipped_recipes",
     "source_names",
     "source_of",
     "stage_name",
+    "with_stages",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import cleandoc
 from typing import Any
 
 from pydantic import BaseModel
@@ -20,6 +21,7 @@ from frostline.recipe.recipe import (
     RunRateSpec,
     SpikeSpec,
 )
+from frostline.recipe.schedule_spec import SCHEDULES, DurationSpec, NamedSchedule
 from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -32,6 +34,9 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`optimizer:` of a stage", OptimizerSpec),
     ("`plateau:` of a stage", PlateauSpec),
     ("`moe:` of a stage", MoeSpec),
+    ("`schedule:`, whichever it is", NamedSchedule),
+    *((f"`schedule: {{name: {name}, …}}`", record) for name, record in SCHEDULES.items()),
+    ("`each:`, `last:`, `probe:`, `tune:`, `joint:`, `then:`, `train:` of a schedule", DurationSpec),
     ("`lr_across:`", RunRateSpec),
     ("`eval:`", EvalSpec),
     ("`nonfinite:`", NonFiniteSpec),
@@ -44,8 +49,9 @@ HEAD = """# The recipe, key by key
 
 A recipe is YAML 1.2 (`1e-4` is a number). Unknown keys are errors. The run folder's `recipe.yaml` holds every key with
 the value that was used. Among the stages, `{repeat: 3, stages: […]}` runs a list of stages several times; the run
-folder's recipe has them written out, their names followed by `-1`, `-2`, … This page is written by `make docs` from the
-records in `src/frostline/recipe/`.
+folder's recipe has them written out, their names followed by `-1`, `-2`, … A named schedule (`schedule:`) stands in
+place of the list of stages; [schedules](schedules.md) says what each does. This page is written by `make docs` from
+the records in `src/frostline/recipe/`.
 """
 
 
@@ -53,9 +59,17 @@ def recipe_markdown() -> str:
     """The page: one table of keys, defaults and meanings per record."""
     parts = [HEAD]
     for title, record in SECTIONS:
-        parts.append(f"## {title}\n\n{record.__doc__}\n\n| key | default | meaning |\n|---|---|---|")
-        parts[-1] += "".join(f"\n{_row(name, field)}" for name, field in record.model_fields.items())
+        parts.append(f"## {title}\n\n{cleandoc(record.__doc__ or '')}\n\n| key | default | meaning |\n|---|---|---|")
+        parts[-1] += "".join(f"\n{_row(name, field)}" for name, field in _own_fields(record).items())
     return "\n\n".join(p.rstrip() for p in parts) + "\n"
+
+
+def _own_fields(record: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The keys of a record; of a named schedule, those that are not every schedule's, or have another default."""
+    if record is NamedSchedule or not issubclass(record, NamedSchedule):
+        return dict(record.model_fields)
+    shared = NamedSchedule.model_fields
+    return {n: f for n, f in record.model_fields.items() if n not in shared or f.default != shared[n].default}
 
 
 def _row(name: str, field: FieldInfo) -> str:
@@ -69,4 +83,5 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if isinstance(value, BaseModel):
         return "see below"
-    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{shown}`".replace("|", "\\|")

@@ -18,7 +18,9 @@ from pydantic import BaseModel, ValidationError
 
 from frostline.errors import RecipeError, did_you_mean
 from frostline.recipe.data_spec import SOURCE_TAGS, is_hub_name
-from frostline.recipe.recipe import Recipe
+from frostline.recipe.recipe import NO_STAGES, Recipe
+from frostline.recipe.schedule_spec import SCHEDULES
+from frostline.recipe.shipped import shipped_recipes
 from frostline.recipe.yaml_text import KeyPath, YamlDocument, parse_yaml
 
 _TAGS: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -28,6 +30,7 @@ _TAGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("lr",): ("one", "by part"),
     ("weight_decay",): ("one", "by part"),
     ("betas",): ("one", "by part"),
+    ("schedule",): tuple(SCHEDULES),
 }
 """Keys (or how they end, in a stage) that take one of several kinds → the tags of the kinds in the record."""
 MAX_STAGES = 10_000
@@ -37,7 +40,8 @@ _PATHS: tuple[tuple[str, ...], ...] = (("data", "train"), ("data", "held_out"), 
 
 
 def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe file.
+    """Read a recipe file, or a recipe of the package by its name; the paths of that one are relative to the working
+    directory.
 
     `overrides` are `key=value` texts such as `stages[0].lr=1e-4`; the value is read as YAML.
     Raises `RecipeError` naming file, line and key.
@@ -46,8 +50,16 @@ def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}") from None
+        shipped = shipped_recipes()
+        if str(path) not in shipped:
+            hint = did_you_mean(str(path), shipped) or " `frostline recipes` lists those of the package."
+            raise RecipeError(f"no recipe at {path}.{hint}") from None
+        text = shipped[str(path)]
     except IsADirectoryError:
+        if str(path) in shipped_recipes():
+            raise RecipeError(
+                f"{path} is a folder here; read the recipe of that name with `frostline recipes {path} > {path}.yaml`"
+            ) from None
         raise RecipeError(f"{path} is a folder; a recipe is a YAML file") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte offset {error.start})") from None
@@ -102,6 +114,13 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     return _validate(copied, document=YamlDocument(values=copied, lines={}), where="recipe")
 
 
+def with_stages(recipe: Recipe, stages: Sequence[Mapping[str, Any]]) -> Recipe:
+    """The same recipe with plain stages in place of its schedule, checked as if they had been written. Raises
+    `RecipeError`."""
+    values = {**recipe.as_dict(), "stages": [dict(s) for s in stages], "schedule": None}
+    return _validate(values, document=YamlDocument(values=values, lines={}), where="recipe")
+
+
 def _validate(values: Mapping[str, Any], *, document: YamlDocument, where: str) -> Recipe:
     origins: list[KeyPath] = []
     if isinstance(values.get("stages"), (list, tuple)):
@@ -111,6 +130,8 @@ def _validate(values: Mapping[str, Any], *, document: YamlDocument, where: str) 
         return Recipe.model_validate(values)
     except ValidationError as error:
         problems = [_describe(e, document=document, where=where, origins=origins) for e in _innermost(error.errors())]
+        if "stages" not in values and "schedule" not in values:
+            problems.append(f"{where}: {NO_STAGES}")
         raise RecipeError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -132,9 +153,11 @@ def _describe(error: Any, *, document: YamlDocument, where: str, origins: Sequen
     key = format_key(there)
     match error["type"]:
         case "extra_forbidden":
-            return f"{place}: unknown key '{key}'.{did_you_mean(str(loc[-1]), _keys_at(loc[:-1]))}"
+            return f"{place}: unknown key '{key}'.{did_you_mean(str(loc[-1]), _keys_at(error['loc'][:-1]))}"
         case "missing":
             return f"{place}: '{key}' is missing"
+        case "union_tag_not_found" | "union_tag_invalid":
+            return f"{place}: '{key}': {_which_schedule(error['input'])}"
         case "value_error":
             message = str(error["ctx"]["error"])
             about = re.match(r"stages\[(\d+)\]", message)
@@ -147,21 +170,36 @@ def _describe(error: Any, *, document: YamlDocument, where: str, origins: Sequen
             return f"{place}: '{key}': {_lower_first(error['msg'])}, found {_shown(error['input'])}"
 
 
+def _which_schedule(value: Any) -> str:
+    """What is wrong with a named schedule whose name is missing or unknown."""
+    known = ", ".join(SCHEDULES)
+    if not isinstance(value, dict):
+        return f"a named schedule is a mapping with a name ({known}) and settings, found {_shown(value)}"
+    if "name" not in value:
+        return f"its name is missing; schedules are {known}"
+    near = did_you_mean(str(value["name"]), SCHEDULES)
+    return f"no schedule is named {_shown(value['name'])}; schedules are {known}.{near}"
+
+
 def _without_tags(loc: tuple[str | int, ...]) -> KeyPath:
     """Drop what pydantic adds to say which member of a union it tried: it stands right after the union's key."""
     loc = tuple(p for p in loc if p not in SOURCE_TAGS)
     for at in range(1, len(loc)):
         for key, tags in _TAGS.items():
             outer = loc[: at - len(key)]
-            if loc[:at][-len(key) :] == key and outer[:1] in ((), ("stages",)) and loc[at] in tags:
-                return (*loc[:at], *loc[at + 1 :])
+            if loc[:at][-len(key) :] == key and outer[:1] in ((), ("stages",), ("schedule",)) and loc[at] in tags:
+                rest = (*loc[:at], *loc[at + 1 :])
+                return _without_tags(rest) if key == ("schedule",) else rest
     return loc
 
 
 def _keys_at(loc: KeyPath) -> list[str]:
+    """The keys of the record at a place as pydantic names it, the tags of unions included."""
     record: Any = Recipe
-    for part in loc:
-        if isinstance(part, str) and part in record.model_fields:
+    for before, part in zip(("", *loc), loc, strict=False):
+        if before == "schedule" and part in SCHEDULES:
+            record = SCHEDULES[str(part)]
+        elif isinstance(part, str) and part in record.model_fields:
             record = _record_in(record.model_fields[part].annotation)
         if record is None:
             return []

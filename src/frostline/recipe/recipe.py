@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -10,11 +11,15 @@ from pydantic.types import Strict
 from frostline.recipe.base import Record
 from frostline.recipe.data_spec import DataSpec
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
+from frostline.recipe.schedule_spec import ScheduleSpec
 from frostline.recipe.stage_spec import StageSpec
 
 
 def _name_or_record(value: object) -> str:
     return "name" if isinstance(value, str) else "record"
+
+
+NO_STAGES = "'stages' is missing"
 
 
 class EvalSpec(Record):
@@ -91,8 +96,11 @@ class Recipe(Record):
     """A folder, a hub name, or `{architecture: llama, hidden_size: 256, …}` from scratch."""
     data: DataSpec
     """The text."""
-    stages: Annotated[tuple[StageSpec, ...], Strict(False), Field(min_length=1)]
-    """What learns, one after another."""
+    stages: Annotated[tuple[StageSpec, ...], Strict(False), Field(min_length=1)] = ()
+    """What learns, one after another. Either this or `schedule`."""
+    schedule: ScheduleSpec | None = None
+    """A named schedule in place of `stages`: `{name: lisa, layers: 2, every: 20, steps: 400, lr: 1e-4}`. The run
+    folder's recipe has its stages written out; `frostline schedule` prints them."""
     tokenizer: (
         Annotated[
             Annotated[str, Tag("name")] | Annotated[TrainedTokenizer, Tag("record")],
@@ -128,10 +136,17 @@ class Recipe(Record):
     """`auto`: CUDA where there is one."""
 
     @model_validator(mode="after")
+    def _stages_or_schedule(self) -> Recipe:
+        if self.stages and self.schedule:
+            raise ValueError("stages and schedule are both given: a named schedule is its stages; drop one of the two")
+        if not self.stages and not self.schedule:
+            raise ValueError(NO_STAGES)
+        return self
+
+    @model_validator(mode="after")
     def _stages_named_apart(self) -> Recipe:
-        names = [stage_name(self, i) for i in range(len(self.stages))]
-        for name in names:
-            if names.count(name) > 1:
+        for name, n in Counter(stage_name(self, i) for i in range(len(self.stages))).items():
+            if n > 1:
                 raise ValueError(f"two stages are named '{name}'")
         return self
 
@@ -181,8 +196,10 @@ class Recipe(Record):
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Every field with its value, defaults included, as plain data (what the run folder's recipe holds)."""
-        return {name: plain(value) for name, value in self.model_dump().items()}
+        """Every field with its value, defaults included, as plain data (what the run folder's recipe holds); without
+        `stages` where a named schedule stands for them."""
+        values = {name: plain(value) for name, value in self.model_dump().items()}
+        return values if self.stages else {k: v for k, v in values.items() if k != "stages"}
 
 
 def plain(value: Any) -> Any:

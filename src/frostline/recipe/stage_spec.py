@@ -68,6 +68,11 @@ class OptimizerSpec(Record):
         return self
 
 
+def name_alone(value: object) -> object:
+    """`adamw` → `{name: adamw}`; anything else as it is."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class PlateauSpec(Record):
     """When a stage ends before its time: the held-out loss no longer falls."""
 
@@ -128,7 +133,7 @@ class StageSpec(Record):
     @field_validator("optimizer", mode="before")
     @classmethod
     def _name_alone(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
+        return name_alone(value)
 
     @model_validator(mode="after")
     def _one_duration(self) -> StageSpec:

@@ -1,0 +1,61 @@
+"""Schedules and shipped recipes. Each command is one public call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from frostline.cli.app import AsJson, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.errors import RecipeError, did_you_mean
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: schedule.lr=1e-4.", metavar="KEY=VALUE")
+]
+
+
+@app.command()
+@errors_for_people
+def schedule(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or a name of `frostline recipes`.", metavar="RECIPE")],
+    overrides: Overrides = None,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the stages as YAML, ready for a recipe.")] = False,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Print the stages of a recipe: a named schedule written out, drawn layers and measured choices included."""
+    from frostline.recipe import dump_yaml, load_recipe
+    from frostline.run import prepare
+    from frostline.scheduling import schedule_to_json, written_stages
+    from frostline.terminal_schedule import print_schedule
+
+    prepared = prepare(load_recipe(recipe, overrides=overrides or ()), trust_remote_code=trust_remote_code)
+    if as_yaml:
+        typer.echo(dump_yaml({"stages": written_stages(prepared)}), nl=False)
+    elif as_json:
+        print_json({"schema": 1, **schedule_to_json(prepared)})
+    else:
+        print_schedule(make_console(), prepared)
+
+
+@app.command()
+@errors_for_people
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.", metavar="NAME")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes of the package, or print one: frostline recipes lisa > lisa.yaml."""
+    from frostline.recipe.shipped import shipped_recipes, summary
+    from frostline.terminal_schedule import print_recipes
+
+    found = shipped_recipes()
+    if name is None:
+        if as_json:
+            print_json({"schema": 1, "recipes": [{"name": n, "does": summary(t)} for n, t in found.items()]})
+        else:
+            print_recipes(make_console(), found)
+        return
+    if name not in found:
+        raise RecipeError(f"no recipe is named '{name}'; there are {', '.join(found)}.{did_you_mean(name, found)}")
+    typer.echo(found[name], nl=False)

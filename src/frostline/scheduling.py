@@ -1,0 +1,35 @@
+"""The stages of a recipe as plain data. `frostline schedule` is `run.prepare` and these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from frostline.expansion import always_on
+from frostline.recipe import plain
+from frostline.run import Prepared
+
+
+def written_stages(prepared: Prepared) -> list[dict[str, Any]]:
+    """The stages as YAML would list them: what differs from a stage's defaults."""
+    if prepared.expansion:
+        return [dict(s) for s in prepared.expansion.stages]
+    return [plain(s.model_dump(exclude_defaults=True)) for s in prepared.recipe.stages]
+
+
+def schedule_to_json(prepared: Prepared) -> dict[str, Any]:
+    """The stages with their place in the run, and what a named schedule measured or keeps on."""
+    expansion, found = prepared.expansion, always_on(prepared.expansion, prepared.schedule)
+    stages = []
+    for stage, written in zip(prepared.schedule.stages, written_stages(prepared), strict=True):
+        place = {"name": stage.name, "start": stage.start, "n_steps": stage.n_steps}
+        stages.append({**place, "n_learning": stage.selection.n_elements, "written": written})
+    shared = None
+    if found is not None:
+        shared = {"expression": found.expression, "n_elements": found.n_elements, "n_bytes": found.n_bytes}
+        shared |= {"stage_elements": found.stage_elements, "stage_bytes": found.stage_bytes, "share": found.share}
+    return {
+        "schedule": expansion.to_json() | {"name": expansion.name} if expansion else None,
+        "n_steps": prepared.schedule.n_steps,
+        "always_on": shared,
+        "stages": stages,
+    }
