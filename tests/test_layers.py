@@ -50,6 +50,7 @@ ROWS: dict[str, float] = {
     "recipe": 1,
     "errors": 0,
     "units": 0,
+    "secrecy": 0,
     "randomness": 0,
 }
 """Folder or module → its row; a module imports from strictly lower rows, and from its own folder."""

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from frostline.secrecy import command_without_secrets
+
 PACKAGES = ("frostline", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def describe_environment(*, device: torch.device, data: Iterable[str | Path], base: str | None) -> dict[str, Any]:
     """Everything beside the recipe that may change a run's numbers. `base` is the model's folder, if it is one."""
     return {
-        "command": sys.argv,
+        "command": command_without_secrets(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -57,4 +59,4 @@ def _base_files(base: str | None) -> list[Path]:
     folder = Path(base) if base else None
     if folder is None or not folder.is_dir():
         return []
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.py")])

@@ -39,7 +39,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
         with quiet_transformers():
             if Path(source).is_file():
                 return _config_of_file(Path(source))
-            return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(*_place(source), **_pinned(source, trust_remote_code))
     except Exception as error:  # configuration classes raise whatever their checks raise
         raise _cannot_load("configuration", source, error) from error
 
@@ -49,7 +49,7 @@ def load_skeleton(source: Source, *, trust_remote_code: bool = False) -> nn.Modu
     config = load_config(source, trust_remote_code=trust_remote_code)
     try:
         with quiet_transformers(), torch.device("meta"):
-            return _module(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            return _module(AutoModelForCausalLM.from_config(config, **_code(config, source, trust_remote_code)))
     except Exception as error:  # constructors raise whatever their checks raise
         raise _cannot_load("causal language model", source, error) from error
 
@@ -60,7 +60,9 @@ def load_fake(source: Source, *, trust_remote_code: bool = False) -> tuple[nn.Mo
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with quiet_transformers(), mode, torch.device("cpu"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, **_code(config, source, trust_remote_code)
+            )
             return _module(model), mode
     except Exception as error:  # constructors raise whatever their checks raise
         raise _cannot_load("causal language model", source, error) from error
@@ -77,11 +79,11 @@ def load_model(source: Source, *, seed: int = 0, trust_remote_code: bool = False
             else:
                 _check_safetensors(source)
                 model, info = AutoModelForCausalLM.from_pretrained(
-                    source,
+                    *_place(source),
                     dtype=torch.float32,
-                    trust_remote_code=trust_remote_code,
                     use_safetensors=True,
                     output_loading_info=True,
+                    **_pinned(source, trust_remote_code),
                 )
                 _check_complete(source, info)
     except Exception as error:  # constructors and loaders raise whatever their checks raise
@@ -95,7 +97,9 @@ def load_random(source: Source, *, trust_remote_code: bool = False) -> nn.Module
     try:
         with quiet_transformers():
             return _module(
-                AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+                AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, **_code(config, source, trust_remote_code)
+                )
             )
     except Exception as error:  # constructors raise whatever their checks raise
         raise _cannot_load("causal language model", source, error) from error
@@ -106,7 +110,9 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     _check_exists(source)
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(*_place(source), **_pinned(source, trust_remote_code))
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers raise whatever their files make them raise
         raise ModelError(
             f"no tokenizer can be loaded from {source} ({_first_line(error)}).\n"
@@ -211,13 +217,55 @@ def _config_of_file(path: Path) -> Any:
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 
+def _place(source: str) -> tuple[str]:
+    """The folder or hub name, without the commit after an `@`."""
+    return (source if Path(source).exists() else source.partition("@")[0],)
+
+
+def _pinned(source: str, trust_remote_code: bool) -> dict[str, Any]:
+    """The commit of a hub name, and whether code that comes with the model may run. Raises `ModelError` for code from
+    the hub that may be another tomorrow."""
+    commit = "" if Path(source).exists() else source.partition("@")[2]
+    if trust_remote_code and not Path(source).exists() and not re.fullmatch("[0-9a-f]{40}", commit):
+        raise ModelError(
+            f"{source}: code from a hub is run only as it is at a commit that you have looked at; write "
+            f"{source.partition('@')[0]}@ and the 40 digits of the commit"
+        )
+    elsewhere = [name for name in _code_of(source).values() if "--" in name]
+    if trust_remote_code and elsewhere:
+        raise ModelError(f"{source}: its code lies in another repository ({elsewhere[0]}); copy it into the folder")
+    pin = {"revision": commit} if commit else {}
+    return {"trust_remote_code": trust_remote_code, **pin, **({"code_revision": commit} if commit else {})}
+
+
+def _code(config: Any, source: Source, trust_remote_code: bool) -> dict[str, Any]:
+    """The same for a model that is built from its configuration."""
+    if isinstance(source, ScratchModel) or not trust_remote_code:
+        return {"trust_remote_code": False}
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    pinned = _pinned(source, trust_remote_code)
+    return {
+        "trust_remote_code": True,
+        **({"code_revision": pinned["revision"]} if own and "revision" in pinned else {}),
+    }
+
+
+def _code_of(source: str) -> dict[str, str]:
+    """What code a folder's configuration asks for: class → `file.Class`; none for a hub name."""
+    try:
+        found = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))["auto_map"]
+        return {str(k): str(v[-1] if isinstance(v, list) else v) for k, v in found.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
 def _check_exists(source: str) -> None:
     path = Path(source)
     if path.exists():
         if path.is_dir() and not (path / "config.json").exists():
             raise ModelError(f"{source} is no model folder: it has no config.json")
         return
-    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source):
         raise ModelError(f"no model at {source}: there is no such folder")
 
 
@@ -247,7 +295,9 @@ def _cannot_load(what: str, source: Source, error: Exception) -> ModelError:
     if isinstance(error, ModelError):
         return error
     if "trust_remote_code" in str(error):
-        return ModelError(f"{source} comes with code of its own; only `--trust-remote-code` runs it")
+        files = sorted({f"{name.rpartition('.')[0]}.py" for name in _code_of(str(source)).values()})
+        where = f" ({', '.join(files)})" if files else ""
+        return ModelError(f"{source} comes with code of its own{where}; only `--trust-remote-code` runs it")
     name = source if isinstance(source, str) else source.architecture
     hint = "" if isinstance(source, ScratchModel) or Path(source).exists() else " It is not a folder here either."
     return ModelError(f"no {what} can be loaded from '{name}': {_first_line(error)}.{hint}")

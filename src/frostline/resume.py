@@ -16,7 +16,7 @@ from frostline.engine.record import cut_pieces, named_tensors
 from frostline.engine.run_state import RunState, from_files
 from frostline.environment import describe_environment
 from frostline.errors import RunFolderError
-from frostline.recipe import Recipe, data_paths, load_recipe
+from frostline.recipe import Recipe, data_paths, keys_of, load_recipe
 from frostline.run import Ready, RunResult, carry_out, choose_device, make_ready, run_name
 from frostline.run_folder import RunFolder, damaged_records
 
@@ -148,17 +148,6 @@ def _edits(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     keys = [k for k in dict.fromkeys([*then, *now]) if k.split(".")[0] not in FREE and then.get(k) != now.get(k)]
     more = [f"recipe: {len(keys) - MOST} more keys"] if len(keys) > MOST else []
     return [f"recipe {k}: {_value(then, k)} → {_value(now, k)}" for k in keys[:MOST]] + more
-
-
-def keys_of(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested plain data as one level: `stages[0].optimizer.name`, each with its value."""
-    if isinstance(value, dict) and value:
-        inner = ((f"{key}.{k}" if key else str(k), v) for k, v in value.items())
-    elif isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
-        inner = ((f"{key}[{i}]", v) for i, v in enumerate(value))
-    else:
-        return {key: value}
-    return {k: v for name, part in inner for k, v in keys_of(part, name).items()}
 
 
 def _value(keys: dict[str, Any], key: str) -> str:

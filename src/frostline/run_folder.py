@@ -48,6 +48,7 @@ from frostline.anatomy import (
     slice_to_json,
 )
 from frostline.errors import RunFolderError, StorageError
+from frostline.secrecy import without_secrets
 
 SCHEMA = 1
 """Version of every JSON file in a run folder."""
@@ -168,7 +169,7 @@ class RunFolder:
 
     def write_status(self, state: State, *, step: int, message: str = "") -> None:
         """Say how far the run is."""
-        self.write_json("status.json", {"state": state, "step": step, "message": message})
+        self.write_json("status.json", {"state": state, "step": step, "message": without_secrets(message)})
 
     def write_anatomy(self, anatomy: Anatomy) -> None:
         """Write `anatomy.json`."""

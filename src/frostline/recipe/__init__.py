@@ -19,6 +19,7 @@ from frostline.recipe.recipe import (
     Recipe,
     RunRateSpec,
     SpikeSpec,
+    keys_of,
     plain,
     stage_name,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "data_paths",
     "dump_yaml",
     "is_recipe",
+    "keys_of",
     "load_recipe",
     "plain",
     "recipe_from_dict",

@@ -13,6 +13,7 @@ from frostline.recipe.data_spec import DataSpec
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.schedule_spec import ScheduleSpec
 from frostline.recipe.stage_spec import StageSpec
+from frostline.secrecy import find_secret
 
 
 def _name_or_record(value: object) -> str:
@@ -150,6 +151,17 @@ class Recipe(Record):
                 raise ValueError(f"two stages are named '{name}'")
         return self
 
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Recipe:
+        texts = {k: v for k, v in keys_of(self.as_dict()).items() if isinstance(v, str)}
+        if find_secret("\n".join(texts.values())) is not None:
+            key = next((k for k, v in texts.items() if find_secret(v) is not None), "a text")
+            raise ValueError(
+                f"{key} holds a token, key or password. A recipe is copied into the run folder and its reports: keep "
+                "the secret in an environment variable such as HF_TOKEN"
+            )
+        return self
+
     @property
     def rolls_back(self) -> bool:
         """Whether the run may go back to a checkpoint of its own."""
@@ -200,6 +212,17 @@ class Recipe(Record):
         `stages` where a named schedule stands for them."""
         values = {name: plain(value) for name, value in self.model_dump().items()}
         return values if self.stages else {k: v for k, v in values.items() if k != "stages"}
+
+
+def keys_of(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested plain data as one level: `stages[0].optimizer.name`, each with its value."""
+    if isinstance(value, dict) and value:
+        inner = [(f"{key}.{k}" if key else str(k), v) for k, v in value.items()]
+    elif isinstance(value, list) and value:
+        inner = [(f"{key}[{i}]", v) for i, v in enumerate(value)]
+    else:
+        return {key: value}
+    return {k: v for name, part in inner for k, v in keys_of(part, name).items()}
 
 
 def plain(value: Any) -> Any:
