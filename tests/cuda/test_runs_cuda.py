@@ -132,6 +132,15 @@ def test_an_interrupted_run_ends_with_the_bytes_of_one_left_alone(tmp_path: Path
     assert all((whole.folder / n).read_bytes() == (stopped.folder / n).read_bytes() for n in names)
 
 
+def warm_up() -> None:
+    """Let cuBLAS take its workspaces: they stay, belong to no run, and are not planned."""
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, device="cuda", dtype=dtype, requires_grad=True)
+        torch.nn.functional.linear(a @ a, a, a[0]).sum().backward()
+    del a
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 @pytest.mark.parametrize("learn", ["all", "ffn", "layers[-2:]"])
 def test_planned_bytes_are_those_the_allocator_gives(tmp_path: Path, precision: str, learn: str) -> None:
@@ -143,11 +152,12 @@ def test_planned_bytes_are_those_the_allocator_gives(tmp_path: Path, precision: 
             peaks.append(torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
 
-    torch.cuda.empty_cache()
+    warm_up()
     before = torch.cuda.memory_allocated()
     result = run(tmp_path, model=BIG, stages=[stage(learn)], precision=precision, observers=[watch], **fields)
     (check,) = result.checks
     assert check.flops_agree, check
     measured = max(peaks[1:]) - before
-    print(f"{learn} {precision}: planned {check.planned_peak_bytes / 1e6:.0f} MB, allocator {measured / 1e6:.0f} MB")
+    sizes = {"planned": check.planned_peak_bytes, "metered": check.measured_peak_bytes, "allocator": measured}
+    print(learn, precision, *(f"{name} {n / 1e6:.0f} MB" for name, n in sizes.items()))
     assert check.planned_peak_bytes == pytest.approx(measured, rel=0.05)

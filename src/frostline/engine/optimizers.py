@@ -69,8 +69,16 @@ class Optimizers:
         return dict(self._part_of[leaf].state.get(leaf, {}))
 
     def set_state(self, leaf: nn.Parameter, state: Mapping[str, Any]) -> None:
-        """Give one leaf a state."""
-        self._part_of[leaf].state[leaf] = dict(state)
+        """Give one leaf a state, moved to where the leaf is.
+
+        Counters (no dimensions) stay where they are, except for fused kernels, which read them on the leaf's device.
+        """
+        part = self._part_of[leaf]
+        fused = bool(part.defaults.get("fused"))
+        part.state[leaf] = {
+            key: value.to(leaf.device) if isinstance(value, torch.Tensor) and (value.dim() or fused) else value
+            for key, value in state.items()
+        }
 
 
 def leaves(stage: Stage, known: Iterable[Slice]) -> tuple[Slice, ...]:

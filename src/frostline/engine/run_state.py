@@ -78,7 +78,7 @@ def reenter(parameters: Mapping[str, nn.Parameter], anatomy: Anatomy, stage: Sta
     optimizer = make_optimizer(ownership.owned, stage)
     for o, (_, stored) in zip(ownership.owned, state.leaves, strict=True):
         if stored:
-            optimizer.set_state(o.value, {k: _placed(v, o.value.device) for k, v in stored.items()})
+            optimizer.set_state(o.value, stored)
     return Active(
         stage=stage, ownership=ownership, optimizer=optimizer, n_restored=sum(bool(s) for _, s in state.leaves)
     )
@@ -148,8 +148,3 @@ def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _placed(value: Any, device: torch.device) -> Any:
-    """A tensor where its leaf is; counters (no dimensions) stay where optimizers keep them."""
-    return value.to(device) if isinstance(value, torch.Tensor) and value.dim() else value

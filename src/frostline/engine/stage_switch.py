@@ -107,13 +107,12 @@ def restore(memory: Memory, optimizer: Optimizers, owned: tuple[Owned, ...], nam
     for o in owned:
         stored = memory.get(o.piece)
         if stored is not None and stored.optimizer == name:
-            optimizer.set_state(o.value, _moved(stored.state, o.value.device))
+            optimizer.set_state(o.value, stored.state)
         elif name in BY_ELEMENT:
             found = next((p for p in memory if relative(o.piece, p) is not None), None)
             if found is None or memory[found].optimizer != name:
                 continue
-            state = _within(memory[found].state, o.piece, found, {o.piece.tensor: o.parameter})
-            optimizer.set_state(o.value, _moved(state, o.value.device))
+            optimizer.set_state(o.value, _within(memory[found].state, o.piece, found, {o.piece.tensor: o.parameter}))
         else:
             continue
         n_restored += 1
