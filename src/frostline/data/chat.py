@@ -6,8 +6,8 @@ one of two ways, and each way is checked on the very conversation:
 - `prefix`: the conversation up to the turn, with what the template writes to prompt for it, must be how the
   conversation with the turn begins, and that must be how the whole begins. What lies between is the turn.
 - `content`: where that does not hold (a template that ends the last turn in another way, or drops earlier reasoning),
-  the turn is exchanged for two other texts. What stays the same before and after, whatever the turn says, must be there
-  in the original too; what lies between is the turn, and the control token that follows it ends it.
+  the turn is exchanged for two others. What stays the same before and after, whatever the turn says, must be there in
+  the original too; what lies between is the turn, and the control token that follows it ends it.
 
 Where neither can be shown, the conversation is an error with its place. Read `spoken` first.
 """
@@ -15,7 +15,7 @@ Where neither can be shown, the conversation is an error with its place. Read `s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -126,9 +126,24 @@ def _turn(
     control: Sequence[str],
 ) -> tuple[tuple[int, int], Method]:
     before, through = (r.text for r in made)
-    if before is not None and through is not None and through.startswith(before) and text.startswith(through):
-        return (len(before), _end_of(through, len(before), control)), "prefix"
-    return _by_content(conversation, template, at, text, control), "content"
+    own = None
+    if before is not None and through is not None and through.startswith(before):
+        end = _end_of(through, len(before), control)
+        if text.startswith(through) and (end > len(before) or not conversation.messages[at].get("content")):
+            return (len(before), end), "prefix"
+        own = through[len(before) : end]
+    span = _by_content(conversation, template, at, text, control)
+    if span is None and own:
+        span = _by_calls(conversation, template, at, text, own)
+    if span is None:
+        raise RowError(
+            f"{conversation.source}: message {at}: it cannot be shown which part of the text this turn is, because the "
+            "chat template writes the rest differently with it. Give a template with {% generation %} marks "
+            "(`data.chat_template: FILE`), or `data.loss_on: last` or `all`"
+        )
+    if span[0] == span[1] and conversation.messages[at].get("content"):
+        raise RowError(f"{conversation.source}: message {at}: the chat template leaves out what the assistant says")
+    return span, "content"
 
 
 def _end_of(text: str, start: int, control: Sequence[str]) -> int:
@@ -139,23 +154,54 @@ def _end_of(text: str, start: int, control: Sequence[str]) -> int:
 
 def _by_content(
     conversation: Conversation, template: Template, at: int, text: str, control: Sequence[str]
-) -> tuple[int, int]:
-    messages = conversation.messages
-    jobs = [
-        Job((*messages[:at], {"role": "assistant", "content": other}, *messages[at + 1 :]), conversation.tools)
+) -> tuple[int, int] | None:
+    """Where the turn is, by exchanging it for other contents; None where the rest does not stay the same."""
+    others: list[dict[str, Any]] = [{"role": "assistant", "content": other} for other in STAND_INS]
+    found = _exchanged(conversation, template, at, text, others, once=True)
+    if found is None:
+        return None
+    start, end = found
+    ends = [c for c in control if text.startswith(c, end)]
+    return start, end + max(map(len, ends), default=0)
+
+
+def _by_calls(conversation: Conversation, template: Template, at: int, text: str, own: str) -> tuple[int, int] | None:
+    """Where a turn with tool calls is, which a template may not let be exchanged for a plain one: the functions get
+    other names, and around the names must stand just what the template writes for this turn at the end of its own
+    conversation."""
+    message = conversation.messages[at]
+    others = [
+        {**message, "tool_calls": [{**c, "function": {**c["function"], "name": other}} for c in message["tool_calls"]]}
         for other in STAND_INS
+        if message.get("tool_calls")
     ]
+    found = _exchanged(conversation, template, at, text, others) if others else None
+    if found is None:
+        return None
+    places = [i for i in range(max(0, found[1] - len(own)), found[0] + 1) if text.startswith(own, i)]
+    return (places[0], places[0] + len(own)) if len(places) == 1 else None
+
+
+def _exchanged(
+    conversation: Conversation,
+    template: Template,
+    at: int,
+    text: str,
+    others: Sequence[Mapping[str, Any]],
+    *,
+    once: bool = False,
+) -> tuple[int, int] | None:
+    """What of the text differs when a message says other things, if all that is around stays the same."""
+    messages = conversation.messages
+    jobs = [Job((*messages[:at], other, *messages[at + 1 :]), conversation.tools) for other in others]
     one, two = (r.text or "" for r in render(template, jobs, where=conversation.source))
-    before, here, after = one.partition(STAND_INS[0])
-    shown = here and STAND_INS[0] not in after and two == before + STAND_INS[1] + after
-    if not shown or not text.startswith(before) or not text.endswith(after) or len(text) < len(before) + len(after):
-        raise RowError(
-            f"{conversation.source}: message {at}: it cannot be shown which part of the text this turn is, because the "
-            "chat template writes the rest differently with it. Give a template with {% generation %} marks "
-            "(`data.chat_template: FILE`), or `data.loss_on: last` or `all`"
-        )
-    ends = [c for c in control if after.startswith(c)]
-    return len(before), len(text) - len(after) + max(map(len, ends), default=0)
+    first, last = one.find(STAND_INS[0]), one.rfind(STAND_INS[0])
+    if first < 0 or one.replace(*STAND_INS) != two or (once and first != last):
+        return None
+    before, after = one[:first], one[last + len(STAND_INS[0]) :]
+    if not text.startswith(before) or not text.endswith(after) or len(text) < len(before) + len(after):
+        return None
+    return len(before), len(text) - len(after)
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:

@@ -179,11 +179,11 @@ def _object(row: Any, where: str) -> Row | RowError:
 def _json(file: Path, errors: Errors) -> Iterator[Row | RowError]:
     """A list of objects, `{"data": [...]}`, or (whatever the suffix says) one object per line."""
     with _opened(file) as stream:
-        if _has_json_lines(stream, errors):
-            stream.seek(0)
+        has_lines = _has_json_lines(stream, errors)
+    with _opened(file) as stream:
+        if has_lines:
             yield from _json_lines(_lines(file, stream, errors), file)
             return
-        stream.seek(0)
         text = _decoded(stream.read(), file, errors).removeprefix("\ufeff")
     if not text.strip():
         return

@@ -63,8 +63,12 @@ def encode_spans(written: Sequence[Written], tokenizer: Any, *, is_chat: bool) -
         if not is_chat:
             ids, learns, places = _between_ends(ids, learns, places, tokenizer)
         learns[:1] = False
-        own = places[learns & ~np.isin(ids, control)] if is_chat else places[learns]
-        out.append(Masked(ids.astype(np.int32), learns, _n_bytes(w.text, own)))
+        own = learns & ~np.isin(ids, control) if is_chat else learns
+        if fast:
+            n_bytes = _n_bytes(w.text, places[own])
+        else:
+            n_bytes = len(tokenizer.decode(ids[own].tolist(), skip_special_tokens=not is_chat).encode())
+        out.append(Masked(ids.astype(np.int32), learns, n_bytes))
     return out
 
 

@@ -5,6 +5,7 @@ Nothing that comes with a dataset is executed: `datasets` reads data files only.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -41,7 +42,7 @@ def zstd_stream(file: Path) -> Iterator[BinaryIO]:
     """The bytes inside a `.zst` file."""
     arrow = needed("pyarrow", to="reading .zst")
     with arrow.input_stream(str(file), compression="zstd") as stream:
-        yield cast(BinaryIO, stream)
+        yield cast(BinaryIO, io.BufferedReader(stream))
 
 
 def stored_kind(folder: Path) -> str | None:
