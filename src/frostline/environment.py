@@ -59,4 +59,4 @@ def _base_files(base: str | None) -> list[Path]:
     folder = Path(base) if base else None
     if folder is None or not folder.is_dir():
         return []
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.py")])
+    return sorted(f for kind in ("safetensors", "json", "py", "jinja") for f in folder.glob(f"*.{kind}"))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from frostline.data import Batch, Example, Rows, read_examples, rows_at, texts_of, train_byte_bpe
+from frostline.data.templates import read_template
 from frostline.errors import DataError
 from frostline.model import load_config, load_tokenizer
 from frostline.recipe import Recipe, TrainedTokenizer, source_names
@@ -19,7 +20,17 @@ from frostline.schedule import Stage
 
 
 def get_tokenizer(recipe: Recipe, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that the recipe names, the model's own, or one trained on the text. Raises a typed error."""
+    """The tokenizer that the recipe names, the model's own, or one trained on the text. Raises a typed error.
+
+    A chat template of the recipe becomes its own, so that the saved model has it.
+    """
+    tokenizer = _tokenizer(recipe, trust_remote_code=trust_remote_code)
+    if recipe.data.chat_template is not None:
+        tokenizer.chat_template = read_template(recipe.data.chat_template)
+    return tokenizer
+
+
+def _tokenizer(recipe: Recipe, *, trust_remote_code: bool) -> Any:
     spec = recipe.tokenizer
     if isinstance(spec, str):
         return load_tokenizer(spec, trust_remote_code=trust_remote_code)
