@@ -46,6 +46,7 @@ ROWS: dict[str, float] = {
     "checkpoints": 2.8,
     "environment": 2.5,
     "folding": 2.5,
+    "grouped": 1.5,
     "anatomy": 2,
     "recipe": 1,
     "errors": 0,

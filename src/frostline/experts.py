@@ -9,8 +9,8 @@ from frostline.anatomy import Anatomy, read_anatomy
 from frostline.data import Rows, encode, read_documents
 from frostline.errors import DataError, ModelError
 from frostline.model import load_model, load_tokenizer
-from frostline.moe import Usage, measure_usage, read_esft, scores_of
-from frostline.run_folder import checkpoint_of
+from frostline.moe import SiteHistory, Usage, histories, measure_usage, read_esft, scores_of
+from frostline.run_folder import RunFolder, checkpoint_of, damaged_records
 from frostline.selection import needs, plain
 
 
@@ -38,6 +38,22 @@ def experts_on(
         raise DataError(f"too little text: {', '.join(map(str, files))} gives less than one row of {length} tokens")
     batches = (text.batch(range(at, min(at + rows, n))).input_ids for at in range(0, n, rows))
     return measure_usage(loaded, read_anatomy(loaded), batches)
+
+
+def experts_of_run(run: str | Path) -> tuple[SiteHistory, ...]:
+    """How a run's tokens were spread over its experts while it trained, layer by layer.
+
+    Raises `RunFolderError` for what is no run folder and `ModelError` for a run that did not write it down.
+    """
+    folder = RunFolder.open(run)
+    with damaged_records(folder.path):
+        found = histories(folder.read_lines(folder.load))
+    if not found:
+        raise ModelError(
+            f"{run} has no load of experts: it is written down where a stage of a mixture has `moe`; "
+            "give a text to measure (--data)"
+        )
+    return found
 
 
 def plain_in(

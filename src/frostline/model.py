@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from frostline.errors import ModelError, did_you_mean
+from frostline.grouped import use_own_experts
 from frostline.recipe import ScratchModel
 
 Source = str | ScratchModel
@@ -188,6 +189,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def _module(model: Any) -> nn.Module:
     assert isinstance(model, nn.Module)
+    use_own_experts(model)
     return model
 
 

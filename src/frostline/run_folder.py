@@ -15,7 +15,9 @@
       gradients.jsonl         gradient norm per learning piece at sampled steps
       model-files.json        SHA-256 of every file of the saved model
       flow.jsonl              where gradients go, at sampled steps, when that was measured
-      load.jsonl              tokens that each expert got, per step, when a stage has balancing losses
+      load.jsonl              choices that each expert got, and those dropped, per step, when a stage has `moe`
+      likeness.jsonl          how alike the experts of each layer are, at the start and at each stage's end, then too
+      choice.json             what selections by use or by a file were resolved to, and from what
     checkpoints/              where an interrupted run goes on from
     lock                      held by the process that works on the run
     model/                    the trained model; plain transformers loads it
@@ -112,6 +114,7 @@ class RunFolder:
         self.gradients = self.evidence / "gradients.jsonl"
         self.flow = self.evidence / "flow.jsonl"
         self.load = self.evidence / "load.jsonl"
+        self.likeness = self.evidence / "likeness.jsonl"
         self.recipe = self.path / "recipe.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report.html"
@@ -294,7 +297,7 @@ class RunFolder:
         shutil.rmtree(self.model, ignore_errors=True)
 
     def _growing(self) -> tuple[Path, ...]:
-        return (self.metrics, self.timing, self.endings, self.gradients, self.flow, self.load)
+        return (self.metrics, self.timing, self.endings, self.gradients, self.flow, self.load, self.likeness)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -57,7 +57,13 @@ def upcycle(
 @errors_for_people
 def experts_used(
     model: Model,
-    data: Annotated[list[Path], typer.Option("--data", help="Text: .txt, .md, .jsonl or a folder; may be repeated.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--data",
+            help="Text: .txt, .md, .jsonl or a folder; may be repeated. Left out: the load in a run's training.",
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens per row.", min=1)] = 256,
     tokens: Annotated[int, typer.Option(help="Tokens to count at most.", min=1)] = 131_072,
     top: Annotated[int | None, typer.Option(help="Choose so many experts of each layer.", metavar="N")] = None,
@@ -71,18 +77,27 @@ def experts_used(
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Say which experts a text uses, how alike they are, and choose some by that."""
-    from frostline.experts import experts_on
+    """Say which experts a text uses, how alike they are, and choose some by that; or what a run's training used."""
+    from frostline.experts import experts_of_run, experts_on
     from frostline.moe import cover as cover_share
+    from frostline.moe import histories_to_json, usage_to_json, write_esft
     from frostline.moe import top as top_n
-    from frostline.moe import usage_to_json, write_esft
     from frostline.selection import expression_of
-    from frostline.terminal_moe import print_usage
+    from frostline.terminal_moe import print_histories, print_usage
 
     if top is not None and cover is not None:
         raise ModelError("--top and --cover are two ways to choose: give one of them")
     if esft is not None and top is None and cover is None:
         raise ModelError("--esft writes what was chosen: give --top or --cover too")
+    if not data:
+        if top is not None or cover is not None:
+            raise ModelError("--top and --cover choose by what a text uses: give --data")
+        found = experts_of_run(model)
+        if as_json:
+            print_json({"schema": 1, "sites": histories_to_json(found)})
+        else:
+            print_histories(make_console(), found)
+        return
     usage = experts_on(model, data, length=length, n_tokens=tokens, trust_remote_code=trust_remote_code)
     chosen = None
     if top is not None or cover is not None:

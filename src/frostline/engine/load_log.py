@@ -1,4 +1,4 @@
-"""The load of every expert at every step, as it was trained with: `evidence/load.jsonl`."""
+"""The load of every expert at every step, as it was trained with, and how alike experts are before and after stages."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy
-from frostline.engine.events import Event, Measured, Observer, RolledBack, StepDone
+from frostline.engine.dispatch import take_dropped
+from frostline.engine.events import Event, Measured, Observer, RolledBack, RunStarted, StageEnded, StepDone
 from frostline.engine.recompute import recomputing
-from frostline.moe import Routed, Site, find_sites, keep_choice
+from frostline.moe import Routed, Site, find_sites, keep_choice, likeness_of
 from frostline.run_folder import RunFolder
 
 
@@ -23,9 +24,10 @@ def log_load(model: nn.Module, anatomy: Anatomy, folder: RunFolder, *, wanted: b
     Counted are forward passes with gradients, blocks that are computed again left out; all tokens count. Nothing is
     yielded unless `wanted`, or where experts are not told who visits them.
     """
-    log = _LoadLog(folder)
+    sites = find_sites(model, anatomy) if wanted else ()
+    log = _LoadLog(model, anatomy, sites, folder)
     handles = []
-    for site in find_sites(model, anatomy) if wanted else ():
+    for site in sites:
         handles.append(site.experts.register_forward_pre_hook(log.hook(site), with_kwargs=True))
     try:
         yield [log] if handles else []
@@ -37,8 +39,8 @@ def log_load(model: nn.Module, anatomy: Anatomy, folder: RunFolder, *, wanted: b
 class _LoadLog:
     """Counts between events; an observer."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, model: nn.Module, anatomy: Anatomy, sites: tuple[Site, ...], folder: RunFolder) -> None:
+        self.model, self.anatomy, self.sites, self.folder = model, anatomy, sites, folder
         self.load: dict[str, torch.Tensor] = {}
 
     def hook(self, site: Site) -> Callable[..., None]:
@@ -60,8 +62,23 @@ class _LoadLog:
         """Write the step's counts; forget what a measurement between steps has counted."""
         if isinstance(event, StepDone) and self.load:
             load = {name: counts.tolist() for name, counts in self.load.items()}
-            self.folder.append(self.folder.load, {"step": event.step, "stage": event.stage.index, "load": load})
+            row = {"step": event.step, "stage": event.stage.index, "load": load}
+            dropped = take_dropped(self.model)
+            self.folder.append(self.folder.load, {**row, "dropped": dropped} if dropped else row)
         if isinstance(event, RolledBack) and self.load:
+            take_dropped(self.model)
             self.folder.append(self.folder.load, {"step": event.step, "rolled_back_to": event.to})
         if isinstance(event, (StepDone, Measured, RolledBack)):
             self.load = {}
+        if isinstance(event, StageEnded) or (isinstance(event, RunStarted) and event.done == 0):
+            self._write_likeness(event.step if isinstance(event, StageEnded) else 0)
+
+    def _write_likeness(self, step: int) -> None:
+        with torch.no_grad():
+            found = {x.site: x for x in likeness_of(self.model, self.anatomy, self.sites)}
+        rows = {
+            site: {"smallest": x.smallest, "mean": x.mean, "largest": x.largest, "identical": len(x.identical)}
+            for site, x in found.items()
+        }
+        if rows:
+            self.folder.append(self.folder.likeness, {"step": step, "sites": rows})

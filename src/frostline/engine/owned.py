@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from frostline.anatomy import Slice, intersect, put, take, whole
 from frostline.anatomy.slices import Indices, compress
+from frostline.grouped import let_experts_learn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +115,9 @@ class Ownership:
         return squares.sqrt().to(reduce(torch.promote_types, (v.dtype for v in values)))
 
     def release(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks; every expert of a packed weight may have a gradient again."""
+        for o in self.owned:
+            let_experts_learn(o.parameter, None)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

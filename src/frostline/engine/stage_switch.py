@@ -7,7 +7,7 @@ nothing learns are put into evaluation mode. Read `switch` first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from frostline.anatomy import Anatomy, Slice, intersect, subtract, subtract_all, take
+from frostline.engine.dispatch import set_dispatch
 from frostline.engine.optimizers import BY_ELEMENT, Optimizers, leaves, make_optimizer
 from frostline.engine.owned import Owned, Ownership, leaf_shape, local_slice, own, relative
+from frostline.grouped import let_experts_learn
 from frostline.schedule import Stage
 
 CPU = torch.device("cpu")
@@ -76,10 +78,20 @@ def switch(
 
 def let_learn(parameters: Mapping[str, nn.Parameter], anatomy: Anatomy, stage: Stage) -> None:
     """Exactly the tensors in which something of the stage's selection lies may have a gradient; none has one yet."""
-    learning = {s.tensor for s in stage.selection.slices}
+    learning: dict[str, list[Slice]] = {}
+    for s in stage.selection.slices:
+        learning.setdefault(s.tensor, []).append(s)
     for name, parameter in parameters.items():
+        pieces = learning.get(anatomy.storage_name(name))
         parameter.grad = None
-        parameter.requires_grad_(anatomy.storage_name(name) in learning)
+        parameter.requires_grad_(pieces is not None)
+        let_experts_learn(parameter, _leading(pieces, parameter) if pieces and parameter.dim() > 2 else None)
+
+
+def _leading(pieces: Sequence[Slice], parameter: torch.Tensor) -> list[int] | None:
+    """The leading indices in which something of the pieces lies: experts, in a packed weight; None for all."""
+    found = sorted({i for piece in pieces for r in piece.index[0] for i in r})
+    return found if len(found) < parameter.shape[0] else None
 
 
 def remember(memory: Memory, active: Active, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -173,8 +185,12 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def set_modes(model: nn.Module, stage: Stage) -> None:
-    """Training mode, except for modules of which nothing learns: their dropout is off, their statistics stay."""
+    """Training mode, except for modules of which nothing learns: their dropout is off, their statistics stay.
+
+    What the stage says about capacity and jitter of experts is in force.
+    """
     reshard(model)
+    set_dispatch(model, stage)
     model.train()
     if stage.spec.frozen_dropout == "off":
         for module in frozen_modules(model):

@@ -15,6 +15,7 @@ from torch import nn
 
 from frostline.anatomy import Anatomy, fingerprint
 from frostline.engine.buffers import FrozenBuffers
+from frostline.engine.dispatch import set_dispatch
 from frostline.engine.events import (
     Evaluated,
     Event,
@@ -242,6 +243,7 @@ def train_loop(
         if settings.save and active is not None and done < schedule.n_steps:
             settings.save(done, "stop", state)
     finally:
+        set_dispatch(model, None)
         if active is not None:
             active.ownership.release()
             if settings.points is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from frostline.anatomy import Anatomy, parse_path
 from frostline.audit import FAILED, Audit, Row, audit
 from frostline.errors import FrostlineError
+from frostline.experiment.experts_section import experts_section
 from frostline.experiment.flow_section import flow_section
 from frostline.folding import fold
 from frostline.run_folder import RunFolder, damaged_records, write_text
@@ -40,7 +41,7 @@ def write_report(run: str | Path, *, to: Path | None = None, audited: Audit | No
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
-        from frostline.experiment import figures
+        from frostline.experiment import experts_figures, figures
     except ImportError as error:
         raise FrostlineError(f"the report needs {error.name}: pip install 'frostline[report]'") from None
     folder = RunFolder.open(run)
@@ -49,7 +50,7 @@ def write_report(run: str | Path, *, to: Path | None = None, audited: Audit | No
     )
     with damaged_records(folder.path, TemplateError):
         text = environment.get_template("report.html.j2").render(
-            page_of(folder, audited or audit(folder.path), figures)
+            page_of(folder, audited or audit(folder.path), figures), experts=experts_section(folder, experts_figures)
         )
     target = to or folder.report
     write_text(target, text)

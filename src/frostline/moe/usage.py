@@ -9,7 +9,6 @@ share of the weight that the layer's router gives. Both sum to 1 over a layer. `
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 from frostline.anatomy import Anatomy, Component, take
 from frostline.errors import ModelError, RecipeError
 from frostline.moe.balance import load_of
+from frostline.moe.history import entropy
 from frostline.moe.sites import Site, choice_of, find_sites, watch_routers
 from frostline.selection import Scores, chosen, expression_of
 from frostline.selection.grammar import SCORES, Ranked, Score
@@ -55,7 +55,7 @@ class SiteUsage:
     @property
     def entropy(self) -> float:
         """Of the load, over ln N: 1 is balance, 0 is one expert."""
-        return -sum(s * math.log(s) for s in self.scores("tokens") if s > 0) / math.log(max(len(self.load), 2))
+        return entropy(self.scores("tokens"))
 
     @property
     def never(self) -> tuple[int, ...]:

@@ -1,0 +1,108 @@
+"""What a stage does to the way tokens go to experts while it trains: capacity with dropping, jitter before routers.
+
+Both are in force in training mode only, never in a measurement. Jitter reaches the router's input and nothing else,
+and is drawn where dropout is: a function of seed, step and micro-batch. A dropped choice has weight 0. Read
+`set_dispatch` first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from frostline.engine.recompute import recomputing
+from frostline.engine.router_loss import sites_of
+from frostline.errors import ModelError
+from frostline.moe import Routed, Site, capacity_of, choice_of, keep_choice, kept
+from frostline.recipe import MoeSpec
+from frostline.schedule import Stage
+
+_installed: WeakKeyDictionary[nn.Module, Dispatch] = WeakKeyDictionary()
+
+
+def set_dispatch(model: nn.Module, stage: Stage | None) -> None:
+    """Put in force exactly what `stage` says, `None` for nothing. Raises `ModelError` where the model cannot do it."""
+    spec = stage.spec.moe if stage else None
+    wanted = spec if spec and (spec.capacity is not None or spec.jitter) else None
+    old = _installed.get(model)
+    if old is not None and old.spec != wanted:
+        _installed.pop(model).remove()
+        old = None
+    if stage is not None and wanted is not None and old is None:
+        _installed[model] = Dispatch(model, sites_of(model, stage.selection.anatomy), wanted)
+
+
+def take_dropped(model: nn.Module) -> dict[str, int]:
+    """Site → choices dropped since the last call, in forward passes with gradients; empty without a capacity."""
+    installed = _installed.get(model)
+    if installed is None or installed.spec.capacity is None:
+        return {}
+    dropped = {name: int(n) for name, n in installed.dropped.items()}
+    installed.dropped = {}
+    return dropped
+
+
+class Dispatch:
+    """Hooks on a model's routers and experts; `remove` takes them away."""
+
+    def __init__(self, model: nn.Module, sites: tuple[Site, ...], spec: MoeSpec) -> None:
+        self.spec, self.rows, self.training = spec, 0, False
+        self.dropped: dict[str, torch.Tensor] = {}
+        self.handles = [model.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        for site in sites:
+            if spec.jitter:
+                self._check_router(site)
+                self.handles.append(site.router.register_forward_pre_hook(self._jitter))
+            if spec.capacity is not None:
+                self.handles.append(site.experts.register_forward_pre_hook(self._drop(site), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Nothing is in force any more."""
+        for handle in self.handles:
+            handle.remove()
+
+    @staticmethod
+    def _check_router(site: Site) -> None:
+        if any(m is site.experts for m in site.router.modules()):
+            raise ModelError(
+                f"moe.jitter: {type(site.router).__name__} is router and experts in one module, so jitter cannot reach "
+                f"the router of {site.name} alone"
+            )
+
+    def _enter(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.training = model.training
+        self.rows = len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+
+    def _jitter(self, _router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self.training or not args:
+            return None
+        noise = torch.empty_like(args[0]).uniform_(1 - self.spec.jitter, 1 + self.spec.jitter)
+        return (args[0] * noise, *args[1:])
+
+    def _drop(self, site: Site) -> Any:
+        def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not self.training:
+                return None
+            routed = Routed()
+            keep_choice(routed)(module, args, kwargs)
+            index, weight = choice_of(routed, site), routed.weight
+            if weight is None:
+                raise ModelError(f"moe.capacity: {site.name}.experts is not given the weights of its outputs")
+            assert self.spec.capacity is not None
+            room = capacity_of(
+                self.spec.capacity,
+                length=len(index) // self.rows,
+                chosen=index.shape[1],
+                n_experts=site.n_experts,
+            )
+            keep = kept(index, rows=self.rows, n_experts=site.n_experts, capacity=room)
+            if torch.is_grad_enabled() and not recomputing():
+                self.dropped[site.name] = (~keep).sum() + self.dropped.get(site.name, 0)
+            masked = weight * keep.to(weight.dtype)
+            swap = [masked if a is weight else a for a in args]
+            return tuple(swap), {k: masked if v is weight else v for k, v in kwargs.items()}
+
+        return drop
