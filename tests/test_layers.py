@@ -26,7 +26,7 @@ ROWS: dict[str, float] = {
     "resume": 7.5,
     "export": 7.5,
     "saver": 6,
-    "feed": 6,
+    "feed": 6.2,
     "expansion": 6,
     "run": 7,
     "learning": 7,

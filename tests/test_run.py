@@ -207,5 +207,5 @@ def test_prepare_writes_nothing_and_counts_rows(tmp_path: Path) -> None:
     before = set(tmp_path.rglob("*"))
     recipe = tiny.recipe(tmp_path)
     prepared = prepare(recipe)
-    assert len(prepared.train_rows) > len(prepared.held_out_rows) > 0
+    assert len(prepared.feed.train) > len(prepared.feed.held_out) > 0
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "text.txt"}

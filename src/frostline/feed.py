@@ -1,20 +1,43 @@
 """What a run feeds its model: tokenizer, rows to train on and rows held out, and the batch of every step.
 
 Files become examples in `data/`; here a recipe's examples become its rows, and a step its batch.
-Read `make_rows` first.
+Read `make_feed` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import nn
 
-from frostline.data import Batch, Example, Rows, read_examples, rows_at, texts_of, train_byte_bpe
+from frostline.data import (
+    Batch,
+    Cutting,
+    FlatRows,
+    Kept,
+    Layout,
+    PackedRows,
+    PaddedRows,
+    Rows,
+    RowSource,
+    Store,
+    Tally,
+    cut,
+    read_examples,
+    rows_at,
+    texts_of,
+    train_byte_bpe,
+)
 from frostline.data.templates import read_template
-from frostline.errors import DataError
+from frostline.engine.apart import keep_apart, padding_changes
+from frostline.engine.documents import use_document_attention
+from frostline.errors import DataError, ModelError
 from frostline.model import load_config, load_tokenizer
+from frostline.plan import StepShape
 from frostline.recipe import Recipe, TrainedTokenizer, source_names
 from frostline.schedule import Stage
 
@@ -43,48 +66,201 @@ def _tokenizer(recipe: Recipe, *, trust_remote_code: bool) -> Any:
     return train_byte_bpe(documents, n_vocabulary=own or load_config(recipe.model).vocab_size)
 
 
-def make_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows]:
-    """Rows to train on and rows held out. Raises `DataError` when there is too little text."""
-    data, n_vocabulary = recipe.data, load_config(recipe.model).get_text_config().vocab_size
-    rows = _rows(read_examples(data, data.train, tokenizer, n_vocabulary=n_vocabulary), data.length)
-    needed = 2 if isinstance(data.held_out, float) else 1
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feed:
+    """What a run trains on and is measured on."""
+
+    layout: Layout
+    kept_by: Kept | None
+    """How documents of one row are kept apart; None where a row is one text."""
+    train: RowSource
+    held_out: RowSource
+    text: Rows
+    """The training text as one stream, whatever the layout: for measuring what it is like."""
+    tokens_per_step: int
+    """On the average, padding not counted."""
+    cutting: dict[str, Cutting]
+    """`train` and `held_out` → what became of their documents; empty for a stream."""
+
+    def lines(self) -> list[str]:
+        """What a person is told of it; nothing of a stream, in which every token counts."""
+        out = []
+        for name, c in self.cutting.items():
+            rows = self.train if name == "train" else self.held_out
+            out.append(f"{name.replace('_', ' ')}: {c.documents:,} documents, {self.layout} in {len(rows):,} rows")
+            if c.long:
+                out[-1] += f"; {c.long:,} longer than a row: {c.policy}"
+            if c.without_target:
+                out[-1] += f"; {c.without_target:,} without a token to learn left out"
+            if c.tokens_left_out:
+                out[-1] += f"; {c.tokens_left_out:,} tokens left out"
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run folder keeps of it."""
+        return {
+            "layout": self.layout,
+            "kept_apart_by": self.kept_by,
+            "rows": {"train": len(self.train), "held_out": len(self.held_out)},
+            "tokens_per_step": self.tokens_per_step,
+            "documents": {name: asdict(c) for name, c in self.cutting.items()},
+        }
+
+
+def make_feed(recipe: Recipe, tokenizer: Any) -> Feed:
+    """Rows to train on and rows held out. Raises `DataError` when there is too little text, and `ModelError` when the
+    model cannot keep documents apart as its layout needs."""
+    tally, held_out = Tally(), recipe.data.held_out
+    store = _store(recipe, recipe.data.train, tokenizer, tally)
+    apart = None if isinstance(held_out, float) else _store(recipe, held_out, tokenizer, Tally())
+    texts = {f.format for f in tally.files.values()} <= {"", "text", "tokens"} and store.learns is None
+    layout = recipe.data.layout or ("stream" if texts else "packed")
+    if layout == "stream":
+        return _streamed(recipe, store, apart)
+    return _laid(recipe, layout, store, apart)
+
+
+def _store(recipe: Recipe, paths: Any, tokenizer: Any, tally: Tally) -> Store:
+    n_vocabulary = load_config(recipe.model).get_text_config().vocab_size
+    return Store.of(read_examples(recipe.data, paths, tokenizer, n_vocabulary=n_vocabulary, tally=tally))
+
+
+def _streamed(recipe: Recipe, store: Store, apart: Store | None) -> Feed:
+    """All text in one stream; what is held out is its end, or a stream of its own."""
+    data = recipe.data
+    rows = whole = _stream(store, data.length)
+    needed = 1 if apart else 2
     if len(rows) < needed:
         raise DataError(
             f"too little text: {source_names(data.train)} gives {len(rows.tokens)} tokens, and {needed} rows of "
             f"{data.length} need {needed * data.length + 1}"
         )
-    if isinstance(data.held_out, float):
-        return rows.split_end(data.held_out)
-    held_out = _rows(read_examples(data, data.held_out, tokenizer, n_vocabulary=n_vocabulary), data.length)
+    if apart is None:
+        assert isinstance(data.held_out, float)
+        rows, held_out = rows.split_end(data.held_out)
+    else:
+        held_out = _stream(apart, data.length)
     if not len(held_out):
+        assert not isinstance(data.held_out, float)
         raise DataError(
             f"too little held-out text: {source_names(data.held_out)} gives {len(held_out.tokens)} tokens, and one row "
             f"of {data.length} needs {data.length + 1}"
         )
-    return rows, held_out
+    return Feed(
+        layout="stream",
+        kept_by=None,
+        train=rows,
+        held_out=held_out,
+        text=whole,
+        tokens_per_step=data.batch * data.length,
+        cutting={},
+    )
 
 
-def _rows(examples: Iterable[Example], length: int) -> Rows:
-    """Examples one after another in one stream, cut into rows."""
-    tokens = []
-    for e in examples:
-        if not e.learns[1:].all():
-            raise DataError(f"{e.source}: rows of a stream learn every token; this example does not")
-        tokens.append(torch.from_numpy(e.ids))
-    return Rows(torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int32), length)
+def _stream(store: Store, length: int) -> Rows:
+    return Rows(store.tokens, length, store.learns)
 
 
-def batches_of(recipe: Recipe, rows: Rows, device: torch.device) -> Callable[[int, Stage], list[Batch]]:
+def _laid(recipe: Recipe, layout: Literal["packed", "padded", "flat"], store: Store, apart: Store | None) -> Feed:
+    """Whole documents in rows; what is held out is spread evenly over them, or documents of their own."""
+    data = recipe.data
+    kept_by = _kept_by(recipe, layout)
+    long = data.long or ("split" if store.learns is None else "truncate")
+    if apart is None:
+        assert isinstance(data.held_out, float)
+        chosen = spread(store.n_documents, data.held_out)
+        rest = np.setdiff1d(np.arange(store.n_documents), chosen)
+        pieces, held_out = cut(store, data.length, long, rest), cut(store, data.length, long, chosen)
+    else:
+        pieces, held_out = cut(store, data.length, long), cut(apart, data.length, long)
+    for name, found in (("train", pieces), ("held_out", held_out)):
+        if not len(found):
+            raise DataError(
+                f"too little text in {name}: {found.cutting.documents} documents, of which nothing can be learnt "
+                f"({found.cutting.without_target} pieces without a target; long documents: {long})"
+            )
+
+    def rows(of: Any) -> RowSource:
+        match layout:
+            case "packed":
+                assert kept_by is not None
+                return PackedRows.of(of, data.length, seed=recipe.seed, kept_by=kept_by)
+            case "flat":
+                assert kept_by is not None
+                return FlatRows(of, kept_by)
+            case "padded":
+                return PaddedRows(of)
+
+    train = rows(pieces)
+    return Feed(
+        layout=layout,
+        kept_by=kept_by,
+        train=train,
+        held_out=rows(held_out),
+        text=_stream(store, data.length),
+        tokens_per_step=max(1, round(int(pieces.lengths.sum()) / len(train) * data.batch)),
+        cutting={"train": pieces.cutting, "held_out": held_out.cutting},
+    )
+
+
+def _kept_by(recipe: Recipe, layout: Layout) -> Kept | None:
+    """Measured on a tiny model of the recipe's kind. Raises `ModelError` when the layout is not for it."""
+    config = load_config(recipe.model)
+    if layout == "padded":
+        why = padding_changes(config)
+        if why:
+            raise ModelError(f"{config.model_type} is not to be trained on padded rows: {why}; use `layout: stream`")
+        return None
+    return keep_apart(config, None if recipe.data.apart == "auto" else recipe.data.apart)
+
+
+def spread(n: int, share: float) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Indices of `share` of `n` documents, at least one, spread evenly over them."""
+    n_chosen = min(n, max(1, round(n * share)))
+    return ((np.arange(n_chosen) + 0.5) * n / max(n_chosen, 1)).astype(np.int64)
+
+
+def fit_attention(model: nn.Module, kept_by: Kept | None) -> None:
+    """Let a model attend as its rows need; before it is compiled."""
+    if kept_by == "calls":
+        use_document_attention(model)
+
+
+LOOKED_AT = 64
+"""Steps that a typical one is chosen from."""
+
+
+def step_shapes(recipe: Recipe, feed: Feed, *, n_steps: int) -> tuple[StepShape | None, StepShape | None]:
+    """A step near the average of the first 64, and the largest of them where they differ in size; None for a stream.
+
+    Other steps differ from the average in documents; the larger a batch, the less.
+    """
+    if isinstance(feed.train, Rows):
+        return None, None
+    assert isinstance(feed.train, (PackedRows, PaddedRows, FlatRows))
+    assert feed.layout != "stream"
+    shapes, n_rows = [], len(feed.train)
+    for step in range(min(n_steps, LOOKED_AT, -(-n_rows // recipe.data.batch))):
+        indices = rows_at(step, seed=recipe.seed, n_rows=n_rows, batch=recipe.data.batch)
+        lengths = feed.train.lengths(indices)
+        shapes.append(StepShape(layout=feed.layout, lengths=lengths, length=recipe.data.length, kept_by=feed.kept_by))
+    computed, squares = np.array([s.computed for s in shapes]), np.array([s.squares for s in shapes])
+    off = np.abs(computed / computed.mean() - 1) + np.abs(squares / squares.mean() - 1)
+    typical = shapes[int(np.argmin(off))]
+    return typical, None if feed.layout == "packed" else shapes[int(np.argmax(computed))]
+
+
+def batches_of(recipe: Recipe, rows: RowSource, device: torch.device) -> Callable[[int, Stage], list[Batch]]:
     """The pure function from a step to its micro-batches."""
 
     def batches(step: int, stage: Stage) -> list[Batch]:
         indices = rows_at(step, seed=recipe.seed, n_rows=len(rows), batch=recipe.data.batch)
-        return rows.batch(indices).to(device).split(stage.spec.accumulate)
+        return [b.to(device) for b in rows.batch(indices).split(stage.spec.accumulate)]
 
     return batches
 
 
-def held_out_batches(recipe: Recipe, rows: Rows, device: torch.device) -> list[Batch]:
+def held_out_batches(recipe: Recipe, rows: RowSource, device: torch.device) -> list[Batch]:
     """The first `eval.batches` held-out batches, the last one possibly smaller."""
     size = recipe.data.batch
     n = min(len(rows), size * recipe.eval.batches)

@@ -8,7 +8,7 @@ from frostline.anatomy import Anatomy, read_anatomy
 from frostline.choices import Choice, make_choice, wants_measurement
 from frostline.data import Rows
 from frostline.errors import ModelError, RecipeError
-from frostline.feed import get_tokenizer, make_rows
+from frostline.feed import get_tokenizer, make_feed
 from frostline.model import load_model, untie
 from frostline.moe import Usage, measure_usage
 from frostline.recipe import Recipe
@@ -28,7 +28,7 @@ def choose(recipe: Recipe, *, trust_remote_code: bool = False) -> Choice | None:
     if recipe.ties == "untie":
         untie(model)
     anatomy = read_anatomy(model)
-    rows, _ = make_rows(recipe, get_tokenizer(recipe, trust_remote_code=trust_remote_code))
+    rows = make_feed(recipe, get_tokenizer(recipe, trust_remote_code=trust_remote_code)).text
     try:
         usage = measure_rows(model, anatomy, rows, length=recipe.data.length, at_once=recipe.data.batch)
     except ModelError as error:

@@ -18,6 +18,7 @@ from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.engine import choose_loss
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError, SelectionError
+from frostline.feed import fit_attention
 from frostline.model import Source, load_random, load_skeleton, untie
 from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, points_for, time_stage
 from frostline.recipe import Recipe, StageSpec, load_recipe, plain
@@ -211,7 +212,7 @@ def subject_of(recipe: Recipe, trust_remote_code: bool) -> Subject:
     return Subject(
         source=recipe.model,
         schedule=prepared.schedule,
-        batching=batching_of(recipe, choose_device(recipe)),
+        batching=batching_of(prepared, choose_device(recipe)),
         untied=recipe.ties == "untie",
         trust_remote_code=trust_remote_code,
     )
@@ -265,12 +266,13 @@ def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
     model = load_random(subject.source, trust_remote_code=subject.trust_remote_code)
     if subject.untied:
         untie(model)
+    fit_attention(model, subject.batching.shape.kept_by if subject.batching.shape else None)
     points = points_for(subject.schedule, model, subject.anatomy)
     model.to(device)
     if subject.batching.recompute:
         recompute_blocks([block for _, block in find_blocks(model)])
     batching, known = subject.batching, {}
-    largest = batching.tokens // min(s.spec.accumulate for s in subject.schedule.stages)
+    largest = batching.rows * batching.length // min(s.spec.accumulate for s in subject.schedule.stages)
     language = choose_loss(batching.loss, model, subject.anatomy, n_tokens=largest).loss
     for stage in subject.schedule.stages:
         if like(stage) not in known:
@@ -280,6 +282,7 @@ def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
                 stage,
                 rows=batching.rows,
                 length=batching.length,
+                shape=batching.shape,
                 n_vocabulary=model.config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
                 bf16=batching.bf16,
                 points=points,
@@ -303,7 +306,7 @@ def _fit(subject: Subject, plan: Plan, stage: Stage, memory: int) -> Fit:
     alone = subject.alone(replace(stage, spec=stage.spec.model_copy(update={"accumulate": 1})))
 
     def peak(rows: int, length: int) -> int:
-        batching = replace(subject.batching, rows=rows, length=length)
+        batching = subject.batching.of_size(rows, length)
         return subject.plan(alone, batching).stages[0].cost.peak_bytes
 
     length = subject.batching.length

@@ -23,7 +23,6 @@ from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.checkpoints import Checkpoints
 from frostline.choices import Choice, make_choice, write_choice
-from frostline.data import Rows
 from frostline.engine import (
     LoopSettings,
     LossFunction,
@@ -51,7 +50,7 @@ from frostline.errors import (
     SelectionError,
 )
 from frostline.expansion import Expansion, expand, named_in
-from frostline.feed import batches_of, get_tokenizer, held_out_batches, make_rows
+from frostline.feed import Feed, batches_of, fit_attention, get_tokenizer, held_out_batches, make_feed, step_shapes
 from frostline.measuring import choose
 from frostline.model import load_model, load_skeleton, save_model, untie
 from frostline.plan import (
@@ -88,8 +87,7 @@ class Prepared:
     choice: Choice | None
     """What selections were resolved to where the model alone does not decide."""
     tokenizer: Any
-    train_rows: Rows
-    held_out_rows: Rows
+    feed: Feed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,8 +110,9 @@ def train(
     out: str | Path,
     observers: Sequence[Observer] = (),
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> RunResult:
-    """Train as the recipe says, write the run folder `out`, audit it.
+    """Train as the recipe says, write the run folder `out`, audit it. `say`: told what the data became.
 
     Raises a `FrostlineError` with nothing written when recipe, model, data or selections are wrong, or `out` is not
     empty; `NonFiniteError` when loss or gradients stop being finite (the weights before that update are saved).
@@ -122,6 +121,8 @@ def train(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     ready = make_ready(recipe, trust_remote_code=trust_remote_code)
+    for line in ready.prepared.feed.lines():
+        say(line)
     folder = start_folder(ready.prepared, out)
     with folder.locked():
         return carry_out(ready, folder, observers=observers)
@@ -149,6 +150,7 @@ def make_ready(recipe: Recipe, *, choice: Choice | None = None, trust_remote_cod
     prepared = prepare(recipe, choice=choice, trust_remote_code=trust_remote_code)
     device = choose_device(recipe)
     model = load_weights(prepared, trust_remote_code=trust_remote_code)
+    fit_attention(model, prepared.feed.kept_by)
     model.to(device)
     check_finite(model, prepared.anatomy)
     check_it_runs(model, prepared, device)
@@ -180,11 +182,11 @@ def carry_out(
                 model,
                 prepared.anatomy,
                 prepared.schedule,
-                batches_of(recipe, prepared.train_rows, ready.device),
+                batches_of(recipe, prepared.feed.train, ready.device),
                 ready.loss,
                 folder=folder,
                 settings=replace(settings, watch=meters if ready.plan else None, save=saver, go_back=saver.go_back),
-                held_out=held_out_batches(recipe, prepared.held_out_rows, ready.device),
+                held_out=held_out_batches(recipe, prepared.feed.held_out, ready.device),
                 observers=[*observers, *logs],
                 stop=stop,
                 resumed=resumed,
@@ -222,7 +224,7 @@ def plan_of(prepared: Prepared, *, trust_remote_code: bool = False) -> Plan | No
         return make_plan(
             recipe.model,
             prepared.schedule,
-            batching_of(recipe, choose_device(recipe)),
+            batching_of(prepared, choose_device(recipe)),
             untied=recipe.ties == "untie",
             trust_remote_code=trust_remote_code,
         )
@@ -230,9 +232,13 @@ def plan_of(prepared: Prepared, *, trust_remote_code: bool = False) -> Plan | No
         return None
 
 
-def batching_of(recipe: Recipe, device: torch.device) -> Batching:
+def batching_of(prepared: Prepared, device: torch.device) -> Batching:
     """What a step of the recipe takes."""
+    recipe = prepared.recipe
+    shape, largest = step_shapes(recipe, prepared.feed, n_steps=prepared.schedule.n_steps)
     return Batching(
+        shape=shape,
+        largest=largest,
         rows=recipe.data.batch,
         length=recipe.data.length,
         bf16=recipe.precision == "bf16-mixed",
@@ -267,7 +273,7 @@ def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) ->
     model.eval()
     try:
         with torch.no_grad():
-            next_token_loss(model, prepared.train_rows.batch([0]).to(device))
+            next_token_loss(model, prepared.feed.train.batch([0]).to(device))
     except Exception as error:  # models raise anything when their configuration does not fit together
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
@@ -296,9 +302,9 @@ def prepare(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: 
     with named_in(expansion):
         selections = make_selections(recipe, anatomy, choice)
     tokenizer = get_tokenizer(recipe, trust_remote_code=trust_remote_code)
-    train_rows, held_out_rows = make_rows(recipe, tokenizer)
+    feed = make_feed(recipe, tokenizer)
     with named_in(expansion):
-        schedule = make_schedule(recipe, selections, n_rows=len(train_rows))
+        schedule = make_schedule(recipe, selections, n_rows=len(feed.train), tokens_per_step=feed.tokens_per_step)
     check_routes(skeleton, anatomy, schedule)
     return Prepared(
         recipe=recipe,
@@ -307,8 +313,7 @@ def prepare(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: 
         schedule=schedule,
         choice=choice,
         tokenizer=tokenizer,
-        train_rows=train_rows,
-        held_out_rows=held_out_rows,
+        feed=feed,
     )
 
 
@@ -330,9 +335,12 @@ def make_selections(recipe: Recipe, anatomy: Anatomy, choice: Choice | None = No
     return selections
 
 
-def make_schedule(recipe: Recipe, selections: Sequence[Selection], *, n_rows: int) -> Schedule:
+def make_schedule(
+    recipe: Recipe, selections: Sequence[Selection], *, n_rows: int, tokens_per_step: int | None = None
+) -> Schedule:
     """The recipe's stages laid one after another. Raises `RecipeError` when a warm-up does not end before its stage."""
-    size = StepSize(tokens=recipe.data.batch * recipe.data.length, rows=recipe.data.batch, n_rows=n_rows)
+    tokens = tokens_per_step or recipe.data.batch * recipe.data.length
+    size = StepSize(tokens=tokens, rows=recipe.data.batch, n_rows=n_rows)
     named = [
         (stage_name(recipe, i), spec, s) for i, (spec, s) in enumerate(zip(recipe.stages, selections, strict=True))
     ]
@@ -405,6 +413,7 @@ def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
         "environment.json",
         {
             "run": uuid4().hex,
+            "rows": prepared.feed.to_json(),
             **describe_environment(device=choose_device(recipe), data=data_paths(recipe.data), base=base),
         },
     )

@@ -207,7 +207,7 @@ def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_name(tmp_path, 
         (GOOD + "a b: 1\n", "recipe.yaml:14: unknown key 'a b'"),
         (
             changed("  batch: 8", "  held-out: 8"),
-            "recipe.yaml:5: unknown key 'data.held-out'. Did you mean 'held_out'?",
+            "recipe.yaml:5: unknown key 'data.held-out'. Did you mean 'held_out' or 'layout'?",
         ),
     ],
 )

@@ -35,7 +35,13 @@ def train(
     console = make_console(stderr=as_json)
     loaded = load_recipe(recipe, overrides=overrides or [])
     with ProgressLines(console) as progress:
-        result = train_run(loaded, out=out, observers=[progress], trust_remote_code=trust_remote_code)
+        result = train_run(
+            loaded,
+            out=out,
+            observers=[progress],
+            trust_remote_code=trust_remote_code,
+            say=lambda line: console.print(line, soft_wrap=True, highlight=False),
+        )
     _end_of_run(result, console, as_json=as_json)
 
 

@@ -31,6 +31,8 @@ class Rows:
     """(tokens,), int32."""
     length: int
     """Tokens per row."""
+    learns: torch.Tensor | None = None
+    """(tokens,), uint8: 1 where a token counts as a target; None where all do."""
 
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.length)
@@ -39,14 +41,20 @@ class Rows:
         """The rows at `indices`, in that order."""
         indices = tuple(map(int, indices))
         starts = torch.tensor(indices, dtype=torch.long) * self.length
-        window = self.tokens[starts[:, None] + torch.arange(self.length + 1)].long()
-        return Batch(input_ids=window[:, :-1].contiguous(), labels=window[:, 1:].contiguous(), indices=indices)
+        at = starts[:, None] + torch.arange(self.length + 1)
+        window = self.tokens[at].long()
+        labels = window[:, 1:].contiguous()
+        if self.learns is not None:
+            labels[self.learns[at[:, 1:]] == 0] = -100
+        return Batch(input_ids=window[:, :-1].contiguous(), labels=labels, indices=indices)
 
     def split_end(self, share: float) -> tuple[Rows, Rows]:
         """Rows without their end, and the end: `share` of the rows, at least one."""
         n_end = max(1, round(len(self) * share))
         cut = (len(self) - n_end) * self.length
-        return Rows(self.tokens[: cut + 1], self.length), Rows(self.tokens[cut:], self.length)
+        first, last = slice(None, cut + 1), slice(cut, None)
+        learns = (None, None) if self.learns is None else (self.learns[first], self.learns[last])
+        return Rows(self.tokens[first], self.length, learns[0]), Rows(self.tokens[last], self.length, learns[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from frostline.plan.calibrate import time_stage
 from frostline.plan.check import StageCheck, StepMeters, check_plan, checks_to_json
 from frostline.plan.meter import KINDS, Device, Kind, Meter
 from frostline.plan.plan import Batching, Plan, StagePlan, like, make_plan, plan_to_json, points_for
+from frostline.plan.shapes import StepShape
 from frostline.plan.trace import StageCost, trace_stage
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "StageCost",
     "StagePlan",
     "StepMeters",
+    "StepShape",
     "check_plan",
     "checks_to_json",
     "like",

@@ -12,7 +12,8 @@ from frostline.anatomy import Anatomy
 from frostline.engine import LossFunction, Points, loss_of, next_token_loss, step
 from frostline.engine.stage_switch import set_modes, switch
 from frostline.engine.train import enter_routes
-from frostline.plan.trace import micro_batches, update
+from frostline.plan.shapes import StepShape, micro_batches
+from frostline.plan.trace import update
 from frostline.schedule import Stage
 
 
@@ -24,6 +25,7 @@ def time_stage(
     rows: int,
     length: int,
     n_vocabulary: int,
+    shape: StepShape | None = None,
     bf16: bool = False,
     points: Points | None = None,
     language: LossFunction = next_token_loss,
@@ -32,12 +34,13 @@ def time_stage(
     """Seconds of an optimizer step of a stage: the median of `n_steps`, after one that warms up. Trains the model."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(n_vocabulary, (rows, length), generator=generator).to(device)
+    size = (rows, length) if shape is None else (1, shape.computed)
+    ids = torch.randint(n_vocabulary, size, generator=generator).to(device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     active = switch(parameters, anatomy, stage, memory={}, leaving=None)
     enter_routes(points, stage)
     set_modes(model, stage)
-    batches = micro_batches(rows, length, stage.spec.accumulate, ids)
+    batches = micro_batches(rows, length, stage.spec.accumulate, ids, shape)
     seconds = []
     for _ in range(1 + n_steps):
         started = time.perf_counter()

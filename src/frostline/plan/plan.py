@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from frostline.anatomy import Anatomy, find_blocks
 from frostline.engine import How, Points, choose_loss, place
+from frostline.engine.documents import use_document_attention
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import FrostlineError, PlanError
 from frostline.model import Source, load_fake, untie
 from frostline.plan.meter import KINDS, Device
+from frostline.plan.shapes import StepShape
 from frostline.plan.trace import StageCost, trace_stage
 from frostline.schedule import Schedule, Stage
 
@@ -38,11 +40,24 @@ class Batching:
     """Whose kernels and allocator the bytes are of."""
     loss: How = "auto"
     """Whether the logits of all tokens ever exist."""
+    shape: StepShape | None = None
+    """A step near the average, where rows are made of documents: FLOPs are of it."""
+    largest: StepShape | None = None
+    """The largest step, where steps differ in size: bytes are of it."""
 
     @property
     def tokens(self) -> int:
-        """Tokens per optimizer step."""
-        return self.rows * self.length
+        """Tokens that are computed per optimizer step."""
+        return self.shape.computed if self.shape else self.rows * self.length
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Of the training data, on the average."""
+        return self.tokens / self.rows
+
+    def of_size(self, rows: int, length: int) -> Batching:
+        """Whole rows of another size: the most that documents could make of it."""
+        return replace(self, rows=rows, length=length, shape=None, largest=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,35 +115,44 @@ def make_plan(
     if untied:
         with mode:
             untie(model)
+    if batching.shape is not None and batching.shape.kept_by == "calls":
+        use_document_attention(model)
     points = points_for(schedule, model, schedule.stages[0].selection.anatomy)
     if batching.recompute:
         recompute_blocks([block for _, block in find_blocks(model)])
     anatomy = schedule.stages[0].selection.anatomy
     n_vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    largest = batching.tokens // min(s.spec.accumulate for s in schedule.stages)
+    at_once = batching.rows * batching.length // min(s.spec.accumulate for s in schedule.stages)
     with plan_errors(anatomy.model_type), mode:
-        language = choose_loss(batching.loss, model, anatomy, n_tokens=largest).loss
+        language = choose_loss(batching.loss, model, anatomy, n_tokens=at_once).loss
+
+    def trace(stage: Stage, shape: StepShape | None) -> StageCost:
+        return trace_stage(
+            model,
+            anatomy,
+            stage,
+            rows=batching.rows,
+            length=batching.length,
+            n_vocabulary=n_vocabulary,
+            shape=shape,
+            bf16=batching.bf16,
+            device=batching.device,
+            points=points,
+            language=language,
+            mode=mode,
+        )
+
     stages: list[StagePlan] = []
     traced: dict[object, StageCost] = {}
     for stage in schedule.stages:
         key = like(stage)  # repeated stages cost the same
         if key not in traced:
             with plan_errors(anatomy.model_type):
-                traced[key] = trace_stage(
-                    model,
-                    anatomy,
-                    stage,
-                    rows=batching.rows,
-                    length=batching.length,
-                    n_vocabulary=n_vocabulary,
-                    bf16=batching.bf16,
-                    device=batching.device,
-                    points=points,
-                    language=language,
-                    mode=mode,
-                )
+                traced[key] = trace(stage, batching.shape)
+                if batching.largest is not None:
+                    traced[key] = _with_bytes_of(traced[key], trace(stage, batching.largest))
         rows = schedule.step_size.n_rows if schedule.step_size else 0
-        stages.append(_stage_plan(stage, traced[key], n_tokens=rows * batching.length))
+        stages.append(_stage_plan(stage, traced[key], n_tokens=round(rows * batching.tokens_per_row)))
     return Plan(
         model_type=anatomy.model_type, n_parameters=anatomy.n_parameters, batching=batching, stages=tuple(stages)
     )
@@ -140,6 +164,15 @@ def points_for(schedule: Schedule, model: nn.Module, anatomy: Anatomy, *, always
     if not always and not local and not any(s.routes for s in schedule.stages):
         return None
     return place(model, anatomy, local_losses=local)
+
+
+def _with_bytes_of(cost: StageCost, largest: StageCost) -> StageCost:
+    return replace(
+        cost,
+        activation_bytes=largest.activation_bytes,
+        logit_bytes=largest.logit_bytes,
+        peak_bytes=largest.peak_bytes,
+    )
 
 
 @contextmanager
@@ -194,7 +227,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     return {
         "model_type": plan.model_type,
         "n_parameters": plan.n_parameters,
-        **asdict(plan.batching),
+        **{k: v for k, v in asdict(plan.batching).items() if v is not None},
         "total_flops": plan.total_flops,
         "peak_bytes": plan.peak_bytes,
         "hashed_bytes": plan.hashed_bytes,

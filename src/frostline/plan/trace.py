@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy, Component, Slice, find_blocks, intersect, module_of, parse_path
-from frostline.data import model_inputs
 from frostline.engine import Points, loss_of, next_token_loss, set_routes, step
 from frostline.engine.optimizers import FOREIGN, state_bytes
 from frostline.engine.recompute import recomputing
@@ -27,23 +26,10 @@ from frostline.engine.step import LossFunction, StepLoss
 from frostline.engine.train import enter_routes
 from frostline.plan.cuda import cuda_kernels
 from frostline.plan.meter import KINDS, Device, Kind, Meter
+from frostline.plan.shapes import StepShape, micro_batches
 from frostline.schedule import Stage
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FakeRows:
-    """A micro-batch of rows without values: every target counts."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    n_targets: int
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What the model is called with."""
-        return model_inputs(self.input_ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,13 +91,14 @@ def trace_stage(
     rows: int,
     length: int,
     n_vocabulary: int,
+    shape: StepShape | None = None,
     bf16: bool = False,
     device: Device = "cpu",
     points: Points | None = None,
     language: LossFunction = next_token_loss,
     mode: AbstractContextManager[Any] | None = None,
 ) -> StageCost:
-    """The cost of an optimizer step of `rows` rows of `length` tokens, its micro-batches as the stage says.
+    """The cost of an optimizer step of `rows` rows of `length` tokens, or of `shape`; micro-batches as the stage says.
 
     `language`: the next-token loss. `mode`: the fake mode that the model's tensors were made in; None for a real model,
     which is then trained for two steps, on the CPU. `device`: whose kernels and allocator the bytes are of. Raises
@@ -128,7 +115,7 @@ def trace_stage(
     frontier = next(c.name for c, _ in stage.selection.by_component())
     watch = _Watch(meter, n_vocabulary, loss_of(stage, points, language))
     watched_entry = watch.entry(_at_frontier(model, anatomy, frontier))
-    as_trained = _masks_as_in_training() if mode else nullcontext()
+    as_trained = _masks_as_in_training(shape) if mode else nullcontext()
     kernels = cuda_kernels() if device == "cuda" else nullcontext()
     with mode or nullcontext(), as_trained, kernels, watched_entry, meter:
         meter.numbers_only_scale = True
@@ -136,7 +123,7 @@ def trace_stage(
         meter.numbers_only_scale = False
         enter_routes(points, stage)
         set_modes(model, stage)
-        batches = micro_batches(rows, length, stage.spec.accumulate)
+        batches = micro_batches(rows, length, stage.spec.accumulate, shape=shape)
         for _ in range(2):  # the optimizer makes its state in the first
             meter.flops.clear()
             meter.peak_bytes = meter.live_bytes
@@ -151,6 +138,7 @@ def trace_stage(
         active.ownership.release()
         if points is not None:
             set_routes(points, ())
+    n_tokens = shape.computed if shape else rows * length
     weights = sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in everything.values()}.values())
     return StageCost(
         flops=_by_part(meter.flops, anatomy),
@@ -163,7 +151,7 @@ def trace_stage(
         logit_bytes=max(watch.logits),
         peak_bytes=weights + meter.peak_bytes + (state if by_formula else 0),
         prefix_flops=watch.prefix_flops * stage.spec.accumulate,
-        prefix_bytes_per_token=watch.entering_bytes * stage.spec.accumulate // (rows * length),
+        prefix_bytes_per_token=watch.entering_bytes * stage.spec.accumulate // n_tokens,
         unreached=unreached,
     )
 
@@ -235,23 +223,26 @@ def _parts(anatomy: Anatomy, pieces: Sequence[Slice]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _masks_as_in_training() -> Iterator[None]:
-    """Inside, transformers chooses the mask of whole rows of one document each, as it does when it sees their values.
+def _masks_as_in_training(shape: StepShape | None = None) -> Iterator[None]:
+    """Inside, transformers makes the masks that it makes when it sees values: for rows of one document each none.
 
-    For fake tensors it would build a mask, copy keys and values for every query head and leave the causal kernel.
+    For fake tensors it would build one, copy keys and values for every query head and leave the causal kernel.
     """
+    if shape is not None and shape.kept_by is None:  # padded: there is a mask whatever its values
+        yield
+        return
+
+    def documents_of(positions: torch.Tensor) -> torch.Tensor | None:
+        if shape is None or shape.kept_by == "calls":
+            return None
+        begins = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1)
+        return (begins != 1).cumsum(-1)
+
     with (
         patch("transformers.masking_utils.is_tracing", lambda *_: False),
-        patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None),
+        patch("transformers.masking_utils.find_packed_sequence_indices", documents_of),
     ):
         yield
-
-
-def micro_batches(rows: int, length: int, accumulate: int, ids: torch.Tensor | None = None) -> Sequence[FakeRows]:
-    """The micro-batches of a step, all alike: of `ids`, or of zeros."""
-    each = rows // accumulate
-    ids = torch.zeros((each, length), dtype=torch.long) if ids is None else ids[:each]
-    return [FakeRows(input_ids=ids, labels=ids, n_targets=each * length)] * accumulate
 
 
 def update(active: Active, *, by_formula: bool = False) -> None:

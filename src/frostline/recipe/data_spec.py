@@ -70,6 +70,16 @@ class DataSpec(Record):
     """Tokens per row."""
     batch: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Rows per optimizer step."""
+    layout: Literal["stream", "packed", "padded", "flat"] | None = None
+    """How documents become rows. `stream`: all in one stream, cut into rows. `packed`: rows that hold several whole
+    ones, which do not see each other. `padded`: a row for each. `flat`: the `batch` documents of a step in one row,
+    nothing padded. When left out: `stream` for texts of which everything learns, `packed` otherwise."""
+    long: Literal["split", "truncate", "drop"] | None = None
+    """What becomes of a document that is longer than a row, counted: pieces, its beginning, nothing. Not for `stream`.
+    When left out: `split` where everything learns, `truncate` otherwise."""
+    apart: Literal["auto", "calls", "mask"] = "auto"
+    """How documents of one row are kept apart: attention called for each, or a mask over rows; `auto`: calls where a
+    tiny model of this kind shows that they do, else the mask."""
     format: FormatName = "auto"
     """`text`, `prompt` (and completion), `messages`, `sharegpt`, `alpaca`, `tokens` (made elsewhere); `auto`: found for
     each file by its first row."""
