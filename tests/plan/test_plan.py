@@ -23,6 +23,7 @@ from frostline.model import load_fake, load_model, load_skeleton, save_model
 from frostline.moe import upcycle
 from frostline.plan import KINDS, Batching, StageCost, make_plan, plan_to_json, trace_stage
 from frostline.plan import formulas as formulas_module
+from frostline.plan.meter import Meter
 from frostline.planning import Asked, plan_model, plan_recipe
 from frostline.recipe import ScratchModel, StageSpec, dump_yaml
 from frostline.schedule import Schedule, Stage
@@ -562,3 +563,11 @@ def test_a_model_is_planned_for_the_device_that_is_there_unless_one_is_named(
     assert peak() == by_cpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert peak() == by_cuda
+
+
+def test_a_weight_cast_for_a_product_is_memory_of_its_own_and_the_product_still_the_weights() -> None:
+    weight, x = torch.ones(64, 32, requires_grad=True), torch.ones(8, 32)
+    with Meter({"w": weight}) as meter, torch.autocast("cpu", torch.bfloat16):
+        out = torch.nn.functional.linear(x, weight)
+        assert meter.live_bytes == 2 * (weight.numel() + x.numel() + out.numel())
+    assert set(meter.flops) == {("w", "forward")}

@@ -46,6 +46,7 @@ class Meter(TorchDispatchMode):
         """Whether a number read from a tensor cannot change what is computed: while an optimizer steps."""
         self._storages: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._last_dimension: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+        self._given = weakref.WeakSet(t.untyped_storage() for t in weights.values())
         self._weights = weakref.WeakKeyDictionary({t.untyped_storage(): n for n, t in weights.items()})
         self._names = {id(t): n for n, t in weights.items()}
         self._last = ""
@@ -113,7 +114,7 @@ class Meter(TorchDispatchMode):
 
     def _alive(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._storages or storage in self._weights:
+        if storage in self._storages or storage in self._given:
             return
         n = storage.nbytes() if self.device == "cpu" else allocated_bytes(storage.nbytes())
         self._storages[storage] = n
