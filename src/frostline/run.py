@@ -349,6 +349,11 @@ def make_schedule(
     except RouteError as error:
         raise RecipeError(str(error)) from None
     for stage in schedule.stages:
+        if stage.spec.moe and stage.spec.moe.bias is not None and not stage.by_rule:
+            raise RecipeError(
+                f"stages[{stage.index}].moe.bias: no router that learns in this stage has a correction bias "
+                "(DeepSeek-V3 and its kin have one); let `router` learn, or use moe.balance"
+            )
         if stage.spec.warmup >= stage.n_steps:
             raise RecipeError(
                 f"stages[{stage.index}]: warmup ({stage.spec.warmup}) must be shorter than the stage, which has "

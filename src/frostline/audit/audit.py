@@ -115,6 +115,8 @@ def _findings(
             verdict = "unchanged" if before == after != "missing" else "FROZEN BUT MOVED"
         elif idle and before == after:
             verdict = idle
+        elif not parameter:
+            verdict = "moved by rule" if before != after else "unchanged"
         elif norm == 0:
             verdict = "zero gradient"
         elif norm is not None and _rms(norm, piece) <= floor:

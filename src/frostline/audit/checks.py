@@ -14,7 +14,7 @@ from frostline.errors import FrostlineError, RunFolderError
 from frostline.recipe import StageSpec, load_recipe, stage_name
 from frostline.run_folder import Boundary, RunFolder, StageRecord
 from frostline.schedule import StepSize, make_routes, plateaued
-from frostline.selection import select
+from frostline.selection import buffers_by_rule, select
 
 
 def check_records(anatomy: Anatomy, stages: list[StageRecord], boundaries: list[Boundary]) -> None:
@@ -133,7 +133,9 @@ def _recipe(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> E
         except FrostlineError as error:
             wrong.append(f"{stage.name}: {error.args[0].splitlines()[0]}")
             continue
-        same = not subtract_all(selection.slices, stage.learning) and not subtract_all(stage.learning, selection.slices)
+        by_rule = buffers_by_rule(selection) if spec.moe and spec.moe.bias is not None else ()
+        wanted = (*selection.slices, *by_rule)
+        same = not subtract_all(wanted, stage.learning) and not subtract_all(stage.learning, wanted)
         planned = step_size.n_steps(spec) if step_size else spec.steps
         if not same or stage.end != _due_end(folder, stage, spec, planned or 0) or stage.name != stage_name(recipe, i):
             wrong.append(f"{stage.name}: learn {spec.learn}, {planned} steps")

@@ -18,11 +18,12 @@ def rewind(model: nn.Module, run: RunFolder, stage: int) -> None:
     `stage` are all there is to put back. Raises `RunFolderError` when the result is not what was recorded then.
     """
     anatomy, stages, boundaries = run.read_anatomy(), run.read_schedule(), run.read_boundaries()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     for record in reversed(stages[stage : len(boundaries) - 1]):
         with torch.no_grad(), safe_open(run.entry(record.index), framework="pt") as file:
             for piece in record.learning:
-                put(parameters[piece.tensor], piece, file.get_tensor(str(piece)))
+                put(tensors[piece.tensor], piece, file.get_tensor(str(piece)))
     recorded = boundaries[stage].hashes
     pieces = [s for c in anatomy.components for s in c.slices if s.tensor not in anatomy.ties]
     for record in stages:

@@ -16,6 +16,7 @@ Basis = Literal["recomputed", "recorded"]
 Verdict = Literal[
     "unchanged",
     "moved",
+    "moved by rule",
     "FROZEN BUT MOVED",
     "LEARNING BUT UNMOVED",
     "lost to rounding",
@@ -27,7 +28,8 @@ Verdict = Literal[
     "derived",
     "not reached",
 ]
-"""`unchanged`, `moved`: as declared. `lost to rounding`: no step could be large enough to
+"""`unchanged`, `moved`: as declared. `moved by rule`: a router's correction bias, which the recipe lets move without a
+gradient. `lost to rounding`: no step could be large enough to
 reach the next number that the piece's dtype has. `no signal`: its gradient is zero but for rounding.
 `zero gradient`: exactly zero at every sampled step, as for an expert that no token is routed to. `no gradient`: the
 loss does not depend on it. `every step skipped`, `no step done`: the stage made no update at all, because nothing in it
@@ -39,6 +41,7 @@ WORST_FIRST: tuple[Verdict, ...] = (
     "FROZEN BUT MOVED",
     "LEARNING BUT UNMOVED",
     "moved",
+    "moved by rule",
     "lost to rounding",
     "no signal",
     "zero gradient",

@@ -6,6 +6,8 @@ gradients rewrites itself (rotary caches: *derived*) are left alone. Read `Froze
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -18,6 +20,13 @@ class FrozenBuffers:
         kept = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in derived}
         self._before = {n: (b, b.detach().clone()) for n, b in kept.items()}
         self._seen = {n: b._version for n, b in kept.items()}
+
+    def accept(self, names: Iterable[str]) -> None:
+        """Take these buffers as they are now for what they should be: a rule has moved them."""
+        current = dict(self.model.named_buffers(remove_duplicate=False))
+        for name in names:
+            self._before[name] = (current[name], current[name].detach().clone())
+            self._seen[name] = current[name]._version
 
     def restore(self) -> list[str]:
         """Put back what has changed since the last call; returns the names.

@@ -26,13 +26,13 @@ _installed: WeakKeyDictionary[nn.Module, Dispatch] = WeakKeyDictionary()
 def set_dispatch(model: nn.Module, stage: Stage | None) -> None:
     """Put in force exactly what `stage` says, `None` for nothing. Raises `ModelError` where the model cannot do it."""
     spec = stage.spec.moe if stage else None
-    wanted = spec if spec and (spec.capacity is not None or spec.jitter) else None
+    wanted = spec if spec and (spec.capacity is not None or spec.jitter or spec.bias is not None) else None
     old = _installed.get(model)
     if old is not None and old.spec != wanted:
         _installed.pop(model).remove()
         old = None
     if stage is not None and wanted is not None and old is None:
-        _installed[model] = Dispatch(model, sites_of(model, stage.selection.anatomy), wanted)
+        _installed[model] = Dispatch(model, sites_of(model, stage.selection.anatomy), wanted, _widths(stage))
 
 
 def take_dropped(model: nn.Module) -> dict[str, int]:
@@ -45,17 +45,34 @@ def take_dropped(model: nn.Module) -> dict[str, int]:
     return dropped
 
 
+def _widths(stage: Stage) -> dict[str, int]:
+    """Site → the length of its correction bias, where the stage moves it: experts that compute nothing count too."""
+    owner = stage.selection.anatomy.owner
+    return {owner[s].name.rpartition(".")[0]: s.n_elements for s in stage.by_rule}
+
+
+def take_load(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Site → choices that went to each expert since the last call, in forward passes with gradients; for `bias`."""
+    installed = _installed[model]
+    load, installed.load = installed.load, {}
+    return load
+
+
 class Dispatch:
     """Hooks on a model's routers and experts; `remove` takes them away."""
 
-    def __init__(self, model: nn.Module, sites: tuple[Site, ...], spec: MoeSpec) -> None:
+    def __init__(self, model: nn.Module, sites: tuple[Site, ...], spec: MoeSpec, widths: dict[str, int]) -> None:
         self.spec, self.rows, self.training = spec, 0, False
         self.dropped: dict[str, torch.Tensor] = {}
+        self.load: dict[str, torch.Tensor] = {}
         self.handles = [model.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for site in sites:
             if spec.jitter:
                 self._check_router(site)
                 self.handles.append(site.router.register_forward_pre_hook(self._jitter))
+            if site.name in widths:
+                count = self._count(site, widths[site.name])
+                self.handles.append(site.experts.register_forward_pre_hook(count, with_kwargs=True))
             if spec.capacity is not None:
                 self.handles.append(site.experts.register_forward_pre_hook(self._drop(site), with_kwargs=True))
 
@@ -81,6 +98,18 @@ class Dispatch:
             return None
         noise = torch.empty_like(args[0]).uniform_(1 - self.spec.jitter, 1 + self.spec.jitter)
         return (args[0] * noise, *args[1:])
+
+    def _count(self, site: Site, width: int) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.training and torch.is_grad_enabled() and not recomputing():
+                routed = Routed()
+                keep_choice(routed)(module, args, kwargs)
+                index = choice_of(routed, site).flatten()
+                zeros = torch.zeros(width, dtype=torch.int64, device=index.device)
+                here = zeros.index_add(0, index, torch.ones_like(index))
+                self.load[site.name] = self.load[site.name] + here if site.name in self.load else here
+
+        return count
 
     def _drop(self, site: Site) -> Any:
         def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ so that in every stage a piece learns as a whole or not at all. Read `Recorder` 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Literal
 
@@ -62,7 +62,9 @@ class Recorder:
         self.gradients_every = gradients_every
         self.anatomy, self.loop = anatomy, loop
         self.pieces = cut_pieces(anatomy, [s.selection for s in schedule.stages])
-        self.learning = [tuple(p for p in self.pieces if s.selection.within(p)) for s in schedule.stages]
+        self.learning = [
+            tuple(p for p in self.pieces if p in s.by_rule or s.selection.within(p)) for s in schedule.stages
+        ]
         self._hashes: list[dict[str, str]] = []
         self._norms: dict[str, list[float | None]] = {}
         self._drifted: dict[str, None] = {}
@@ -131,7 +133,7 @@ class Recorder:
         with storage_errors(self.folder.entry(stage.index)):
             save_file(values, self.folder.entry(stage.index))
 
-    def put_entry(self, stage: Stage, parameters: Mapping[str, nn.Parameter]) -> None:
+    def put_entry(self, stage: Stage) -> None:
         """Put back what `stage` started to train. Raises `RunFolderError` unless it is what was recorded then."""
         start, pieces = self.folder.read_boundaries()[stage.index].hashes, self.learning[stage.index]
         with damaged_records(self.folder.path), safe_open(self.folder.entry(stage.index), framework="pt") as file:
@@ -139,9 +141,10 @@ class Recorder:
             wrong = [str(p) for p, v in values.items() if fingerprint(v) != start[str(p)]]
         if wrong:
             raise RunFolderError(f"{self.folder.entry(stage.index)}: {wrong[0]} is not what the stage started with")
+        tensors = named_tensors(self.model)
         with torch.no_grad():
             for piece, value in values.items():
-                put(parameters[piece.tensor], piece, value.to(parameters[piece.tensor].device))
+                put(tensors[piece.tensor], piece, value.to(tensors[piece.tensor].device))
 
     def gradients(self, stage: Stage, step: int, ownership: Ownership) -> None:
         """Called before an update: record the gradient norm of every learning piece, if `step` (steps done, this one
@@ -150,7 +153,7 @@ class Recorder:
         if step % self.gradients_every and step not in (stage.start + 1, stage.end):
             return
         norms = {}
-        for piece in self.learning[stage.index]:
+        for piece in filter(self.anatomy.learnable, self.learning[stage.index]):
             gradient = ownership.gradient(piece)
             norms[str(piece)] = None if gradient is None else torch.linalg.vector_norm(gradient).item()
             self._norms.setdefault(str(piece), []).append(norms[str(piece)])

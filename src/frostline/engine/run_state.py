@@ -54,25 +54,27 @@ class RunState:
 
 
 def capture(
-    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
     active: Active,
     memory: Memory,
     learned: tuple[Slice, ...],
     **rest: Any,
 ) -> RunState:
-    """The state of a run, copied to the CPU. `rest`: the other fields of `RunState`."""
+    """The state of a run, copied to the CPU. `tensors`: the model's, buffers too; `rest`: the other fields."""
     with torch.no_grad():
-        weights = {p: _copy(take(parameters[p.tensor], p)) for p in learned}
+        weights = {p: _copy(take(tensors[p.tensor], p)) for p in learned}
     leaves = tuple((o.piece, _copied(active.optimizer.state_of(o.value))) for o in active.ownership.owned)
     kept = {p: StoredState(optimizer=s.optimizer, state=_copied(s.state)) for p, s in memory.items()}
     return RunState(stage=active.stage.index, leaves=leaves, memory=kept, weights=weights, **rest)
 
 
-def reenter(parameters: Mapping[str, nn.Parameter], anatomy: Anatomy, stage: Stage, state: RunState) -> Active:
+def reenter(model: nn.Module, anatomy: Anatomy, stage: Stage, state: RunState) -> Active:
     """The stage as it was: weights put in, the same leaves owned in the same order, each with its optimizer state."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     with torch.no_grad():
         for piece, values in state.weights.items():
-            put(parameters[piece.tensor], piece, values.to(parameters[piece.tensor].device))
+            put(tensors[piece.tensor], piece, values.to(tensors[piece.tensor].device))
     let_learn(parameters, anatomy, stage)
     ownership = own(parameters, [piece for piece, _ in state.leaves])
     optimizer = make_optimizer(ownership.owned, stage)

@@ -15,6 +15,7 @@ from torch import nn
 
 from frostline.anatomy import Anatomy, fingerprint
 from frostline.engine.buffers import FrozenBuffers
+from frostline.engine.corrections import move_corrections
 from frostline.engine.dispatch import set_dispatch
 from frostline.engine.events import (
     Evaluated,
@@ -29,7 +30,7 @@ from frostline.engine.events import (
 )
 from frostline.engine.flow import measure_flow
 from frostline.engine.nonfinite import find_nonfinite
-from frostline.engine.record import Recorder
+from frostline.engine.record import Recorder, named_tensors
 from frostline.engine.rollback import Window, batch_of, is_spike, last_return, window_of
 from frostline.engine.routes import Points, set_routes
 from frostline.engine.run_state import RunState, capture, reenter
@@ -145,7 +146,7 @@ def train_loop(
         schedule = schedule.ended(endings)
         memory.clear()
         memory.update(saved.memory)
-        entered = reenter(parameters, anatomy, schedule.stages[saved.stage], saved)
+        entered = reenter(model, anatomy, schedule.stages[saved.stage], saved)
         enter_routes(settings.points, entered.stage)
         recorder.resume(entered.stage, saved.drifted, ended=len(endings) > saved.stage)
         set_modes(model, entered.stage)
@@ -161,14 +162,14 @@ def train_loop(
         window = window_of(saved.step, done, left_out)
         tell(RolledBack(stage=stage, step=done + 1, to=saved.step, left_out=window, why=why))
         if saved.stage != stage.index:  # the stage's start: what only this stage trains is in no checkpoint
-            recorder.put_entry(stage, parameters)
+            recorder.put_entry(stage)
         left_out.append(window)
         return enter(saved)
 
     def state() -> RunState:
         assert active is not None
         return capture(
-            parameters,
+            named_tensors(model),
             active,
             memory,
             recorder.learned(active.stage),
@@ -221,11 +222,14 @@ def train_loop(
                 except NonFiniteError as why:
                     recorder.drifted(buffers.restore())
                     active = take_back(why, active)
+                    buffers.accept(s.tensor for s in stage.by_rule)
                     continue
             n_skipped = n_skipped + 1 if event.skipped else 0
             recent = recent if event.skipped or not settings.spike else [*recent, event.loss][-settings.spike.window :]
             tell(event)
             recorder.drifted(buffers.restore())
+            if not event.skipped:
+                buffers.accept(move_corrections(model, stage))
             done += 1
             plateau = stage.spec.plateau
             due = plateau is not None and (done - stage.start) % plateau.every == 0

@@ -23,6 +23,10 @@ class MoeSpec(Record):
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """In training each number of the routers' input, and of nothing else, is multiplied by one drawn between
     1 - jitter and 1 + jitter."""
+    bias: Annotated[float, Field(gt=0)] | None = None
+    """Balance without a loss, where routers have a correction bias (DeepSeek-V3 and its kin): after every step it rises
+    by so much for experts with less than the mean load, and falls for those with more. A buffer: it moves by this rule
+    alone, and only in stages in which the router learns."""
     over: Literal["step", "row"] = "step"
     """What the load is balanced over: all rows of a step (a further forward pass where `accumulate` is above 1), or
     each row by itself."""

@@ -10,11 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from frostline.anatomy import Slice
 from frostline.errors import RouteError
 from frostline.recipe import PlateauSpec, RunRateSpec, StageSpec
 from frostline.schedule.groups import Group, make_groups
 from frostline.schedule.routes import Route, make_routes
-from frostline.selection import Selection
+from frostline.selection import Selection, buffers_by_rule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,12 @@ class Stage:
     """Its first step."""
     n_steps: int
     """Its steps: at most so many while it runs, exactly so many when it has ended."""
+
+    @property
+    def by_rule(self) -> tuple[Slice, ...]:
+        """Buffers that the stage moves by a rule: correction biases of routers, where `moe.bias` asks for it."""
+        asked = self.spec.moe is not None and self.spec.moe.bias is not None
+        return buffers_by_rule(self.selection) if asked else ()
 
     @property
     def end(self) -> int:

@@ -1,5 +1,6 @@
 """Selections: what learns, as an expression and as a set of slices. Read `selection.py`, `resolve.py`, `grammar.py`."""
 
+from frostline.selection.by_rule import buffers_by_rule
 from frostline.selection.grammar import parse
 from frostline.selection.outside import Needs, Scores, chosen, expression_of, needs, plain
 from frostline.selection.resolve import GROUPS, Match, known_names
@@ -12,6 +13,7 @@ __all__ = [
     "Needs",
     "Scores",
     "Selection",
+    "buffers_by_rule",
     "chosen",
     "compare",
     "expression_of",
