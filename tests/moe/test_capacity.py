@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -44,7 +45,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_an_expert_takes_its_equal_share_times_the_factor_rounded_up(factor, length, chosen, n, room):
-    assert capacity_of(factor, length=length, chosen=chosen, n_experts=n) == room
+    assert capacity_of(factor, lengths=torch.tensor([length, 0]), chosen=chosen, n_experts=n).tolist() == [room, 0]
 
 
 def routing(seed, rows, length, n, k):
@@ -56,7 +57,7 @@ def routing(seed, rows, length, n, k):
 @given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 9), st.integers(2, 6), st.integers(1, 7))
 def test_dropped_are_the_choices_beyond_each_experts_capacity(seed, rows, length, n, room):
     index = routing(seed, rows, length, n, k=min(2, n))
-    keep = kept(index, rows=rows, n_experts=n, capacity=room)
+    keep = kept(index, n_experts=n, capacity=torch.full((rows,), room))
     expected = 0
     for row in index.view(rows, length, -1):
         expected += sum(max(0, int((row == e).sum()) - room) for e in range(n))
@@ -65,21 +66,27 @@ def test_dropped_are_the_choices_beyond_each_experts_capacity(seed, rows, length
 
 def test_the_first_tokens_of_a_row_are_taken():
     index = torch.tensor([[0], [0], [1], [0], [1], [1]])
-    assert kept(index, rows=1, n_experts=2, capacity=2)[:, 0].tolist() == [True, True, True, False, True, False]
-    assert kept(index, rows=2, n_experts=2, capacity=1)[:, 0].tolist() == [True, False, True, True, True, False]
+    assert kept(index, n_experts=2, capacity=torch.tensor([2]))[:, 0].tolist() == [True, True, True, False, True, False]
+    assert kept(index, n_experts=2, capacity=torch.tensor([1, 1]))[:, 0].tolist() == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_what_follows_in_a_row_changes_nothing_before_it():
-    index = routing(0, 1, 12, 4, 2)
+    index, room = routing(0, 1, 12, 4, 2), torch.tensor([3])
     for cut in range(1, 12):
-        assert torch.equal(
-            kept(index[:cut], rows=1, n_experts=4, capacity=3), kept(index, rows=1, n_experts=4, capacity=3)[:cut]
-        )
+        whole = kept(index, n_experts=4, capacity=room)
+        assert torch.equal(kept(index[:cut], n_experts=4, capacity=room), whole[:cut])
 
 
 def test_choices_of_experts_that_compute_nothing_are_never_dropped():
     index = torch.tensor([[2], [2], [3], [0], [0]])
-    assert kept(index, rows=1, n_experts=2, capacity=1)[:, 0].tolist() == [True, True, True, True, False]
+    assert kept(index, n_experts=2, capacity=torch.tensor([1]))[:, 0].tolist() == [True, True, True, True, False]
 
 
 # --- in a model
@@ -120,7 +127,7 @@ def test_dropped_choices_are_counted_layer_by_layer():
     set_modes(model, stage)
     with watch_routers(sites) as seen:
         next_token_loss(model, batch)
-    room = capacity_of(1.0, length=12, chosen=2, n_experts=4)
+    room = 6  # 12 tokens of 2 choices over 4 experts
     expected = {}
     for site in sites:
         per_row = choice_of(seen[site.name], site).view(8, -1)
@@ -141,7 +148,7 @@ def test_a_dropped_choice_adds_nothing_to_its_token():
         next_token_loss(model, rows(n=1))
         handle.remove()
     index = choice_of(seen[sites[0].name], sites[0])
-    keep = kept(index, rows=1, n_experts=4, capacity=1)
+    keep = kept(index, n_experts=4, capacity=torch.tensor([1]))
     assert not outputs[0].flatten(0, -2)[~keep.any(1)].any()
     assert outputs[0].flatten(0, -2)[keep.any(1)].any(1).all()
 
@@ -164,6 +171,19 @@ def test_capacity_does_not_depend_on_accumulation():
     assert take_dropped(model) == dropped
     for name, gradient in whole[1].items():
         torch.testing.assert_close(parts[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_padding_takes_no_room_and_is_not_dropped():
+    model, batch = model_of(), rows(n=2)
+    stage = stage_of(model, capacity=1.0)
+    set_modes(model, stage)
+    short = replace(batch, input_ids=batch.input_ids[:, :8], labels=batch.labels[:, :8])
+    next_token_loss(model, short)
+    expected = take_dropped(model)
+    mask = (torch.arange(12) < 8).long().expand(2, -1)
+    next_token_loss(model, replace(batch, attention_mask=mask))
+    assert take_dropped(model) == expected
+    assert sum(expected.values()) > 0
 
 
 @pytest.mark.parametrize("moe", [{"capacity": 1.0}, {"jitter": 0.1}])

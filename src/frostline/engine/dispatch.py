@@ -62,7 +62,9 @@ class Dispatch:
     """Hooks on a model's routers and experts; `remove` takes them away."""
 
     def __init__(self, model: nn.Module, sites: tuple[Site, ...], spec: MoeSpec, widths: dict[str, int]) -> None:
-        self.spec, self.rows, self.training = spec, 0, False
+        self.spec, self.training = spec, False
+        self.counts = torch.empty(0)
+        """(rows, length), of the pass in progress: 1 for a token, 0 for padding."""
         self.dropped: dict[str, torch.Tensor] = {}
         self.load: dict[str, torch.Tensor] = {}
         self.handles = [model.register_forward_pre_hook(self._enter, with_kwargs=True)]
@@ -91,7 +93,9 @@ class Dispatch:
 
     def _enter(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.training = model.training
-        self.rows = len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        ids, mask = kwargs["input_ids"] if "input_ids" in kwargs else args[0], kwargs.get("attention_mask")
+        is_padding = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
+        self.counts = mask.long() if is_padding else torch.ones_like(ids)  # type: ignore[union-attr]
 
     def _jitter(self, _router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self.training or not args:
@@ -104,9 +108,10 @@ class Dispatch:
             if self.training and torch.is_grad_enabled() and not recomputing():
                 routed = Routed()
                 keep_choice(routed)(module, args, kwargs)
-                index = choice_of(routed, site).flatten()
+                index = choice_of(routed, site)
                 zeros = torch.zeros(width, dtype=torch.int64, device=index.device)
-                here = zeros.index_add(0, index, torch.ones_like(index))
+                counts = self.counts.reshape(-1, 1).expand_as(index)
+                here = zeros.index_add(0, index.flatten(), counts.flatten())
                 self.load[site.name] = self.load[site.name] + here if site.name in self.load else here
 
         return count
@@ -121,13 +126,9 @@ class Dispatch:
             if weight is None:
                 raise ModelError(f"moe.capacity: {site.name}.experts is not given the weights of its outputs")
             assert self.spec.capacity is not None
-            room = capacity_of(
-                self.spec.capacity,
-                length=len(index) // self.rows,
-                chosen=index.shape[1],
-                n_experts=site.n_experts,
-            )
-            keep = kept(index, rows=self.rows, n_experts=site.n_experts, capacity=room)
+            n, lengths = site.n_experts, self.counts.sum(1)
+            room = capacity_of(self.spec.capacity, lengths=lengths, chosen=index.shape[1], n_experts=n)
+            keep = kept(index.masked_fill(self.counts.reshape(-1, 1) == 0, n), n_experts=n, capacity=room)
             if torch.is_grad_enabled() and not recomputing():
                 self.dropped[site.name] = (~keep).sum() + self.dropped.get(site.name, 0)
             masked = weight * keep.to(weight.dtype)

@@ -12,17 +12,24 @@ from fractions import Fraction
 import torch
 
 
-def capacity_of(factor: float, *, length: int, chosen: int, n_experts: int) -> int:
-    """C = ⌈factor · length · chosen / n_experts⌉: choices of a row of `length` tokens that each expert takes; exact."""
-    return -(-(Fraction(str(factor)) * length * chosen) // n_experts)
+def capacity_of(factor: float, *, lengths: torch.Tensor, chosen: int, n_experts: int) -> torch.Tensor:
+    """C = ⌈factor · length · chosen / n_experts⌉: choices of each row that every expert takes; (rows,), int64, exact.
+
+    `lengths`: (rows,), the tokens of each row, padding left out.
+    """
+    exact = Fraction(str(factor))
+    return -(-(lengths * chosen * exact.numerator) // (n_experts * exact.denominator))
 
 
-def kept(index: torch.Tensor, *, rows: int, n_experts: int, capacity: int) -> torch.Tensor:
+def kept(index: torch.Tensor, *, n_experts: int, capacity: torch.Tensor) -> torch.Tensor:
     """Which choices find room, (tokens, chosen), bool. Dropped per row and expert are max(0, load - capacity) choices.
 
-    `index`: (tokens, chosen), the experts of each token, the rows one after another.
+    `index`: (tokens, chosen), the experts of each token, the rows one after another; `n_experts` and beyond are no
+    experts (padding, experts that compute nothing) and never dropped. `capacity`: (rows,).
     """
+    rows = len(capacity)
     hot = torch.zeros(len(index), n_experts + 1, dtype=torch.int32, device=index.device)
-    hot.scatter_(1, index.clamp(max=n_experts), 1)  # beyond the last expert stand experts that compute nothing
+    hot.scatter_(1, index.clamp(max=n_experts), 1)
     before = hot.view(rows, -1, n_experts + 1).cumsum(1, dtype=torch.int32).view_as(hot) - hot
-    return (before.gather(1, index.clamp(max=n_experts)) < capacity) | (index >= n_experts)
+    room = capacity.repeat_interleave(len(index) // rows, output_size=len(index))[:, None]
+    return (before.gather(1, index.clamp(max=n_experts)) < room) | (index >= n_experts)
