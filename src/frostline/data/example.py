@@ -6,6 +6,7 @@ file's business. Read `read_examples` first; it is lazy and needs no more memory
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data.chat import control_tokens, spoken
+from frostline.data.chat import Spoken, control_tokens, spoken
 from frostline.data.files import RowError
 from frostline.data.formats import Pair, TokenRow
 from frostline.data.masks import Masked, Written, encode_spans
 from frostline.data.messages import Conversation
-from frostline.data.sources import Found, Tally, shapes_of
+from frostline.data.sources import FileTally, Found, Tally, shapes_of
 from frostline.data.templates import Template, template_of
 from frostline.data.text import Document
 from frostline.data.tokens import check_vocabulary, encode_texts
@@ -69,6 +70,7 @@ class _Maker:
         self.spec, self.tokenizer, self.n_vocabulary = spec, tokenizer, n_vocabulary
         self.templates: dict[bool, Template] = {}
         self.control = control_tokens(tokenizer)
+        self.any_control = re.compile("|".join(map(re.escape, self.control))) if self.control else None
 
     def examples(self, some: Sequence[Found]) -> Iterator[Example]:
         """Those of some shapes, in their order; what cannot be used is counted or refused."""
@@ -109,9 +111,19 @@ class _Maker:
         except RowError as error:
             found.refuse(error)
             return None
-        for method in said.methods:
-            found.tally.methods[method] = found.tally.methods.get(method, 0) + 1
+        self.count(found.tally, shape, said)
         return Written(said.text, said.spans, shape.source, is_chat=True)
+
+    def count(self, tally: FileTally, conversation: Conversation, said: Spoken) -> None:
+        """Remember what a conversation was made of and what became of it."""
+        for method in said.methods:
+            tally.methods[method] = tally.methods.get(method, 0) + 1
+        tally.with_tools += bool(conversation.tools)
+        for message in conversation.messages:
+            tally.roles[message["role"]] = tally.roles.get(message["role"], 0) + 1
+            content = message.get("content", "").strip()
+            tally.left_out += content not in said.text
+            tally.control_in_text += bool(self.any_control and self.any_control.search(content))
 
     def no_template(self) -> bool:
         """Whether neither recipe nor tokenizer has a chat template."""

@@ -50,6 +50,14 @@ class FileTally:
     """Examples that could not be used, left out because `data.invalid` is `drop`."""
     methods: dict[str, int] = field(default_factory=dict)
     """How the assistant's turns were found in the text → how many: `marks`, `prefix`, `content`, `all`."""
+    roles: dict[str, int] = field(default_factory=dict)
+    """Of conversations: role → messages."""
+    with_tools: int = 0
+    """Conversations that come with functions to call."""
+    left_out: int = 0
+    """Messages whose text the chat template does not write as it is: left out, or cut."""
+    control_in_text: int = 0
+    """Messages whose own text holds a control token, which the model will take for one."""
     reasons: list[str] = field(default_factory=list)
     """Why, for the first of them."""
 
@@ -76,6 +84,7 @@ class Found:
     def refuse(self, error: RowError) -> None:
         """Count it as dropped, or raise the error."""
         drop(self.tally, self.invalid, error)
+        self.tally.examples -= 1
 
 
 def drop(tally: FileTally, invalid: str, error: RowError) -> None:

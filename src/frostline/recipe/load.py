@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from frostline.errors import RecipeError, did_you_mean
-from frostline.recipe.data_spec import SOURCE_TAGS, is_hub_name
+from frostline.recipe.data_spec import SOURCE_TAGS, DataSpec, is_hub_name
 from frostline.recipe.recipe import NO_STAGES, Recipe
 from frostline.recipe.schedule_spec import SCHEDULES
 from frostline.recipe.shipped import shipped_recipes
@@ -119,6 +119,18 @@ def with_stages(recipe: Recipe, stages: Sequence[Mapping[str, Any]]) -> Recipe:
     `RecipeError`."""
     values = {**recipe.as_dict(), "stages": [dict(s) for s in stages], "schedule": None}
     return _validate(values, document=YamlDocument(values=values, lines={}), where="recipe")
+
+
+def data_of_file(path: str, *, overrides: Iterable[str] = ()) -> DataSpec:
+    """The `data` section of a recipe that trains on one file, folder or hub name. Raises `RecipeError`."""
+    values: dict[str, Any] = {
+        "model": {"architecture": "llama"},
+        "data": {"train": path},
+        "stages": [{"learn": "all", "steps": 1, "lr": 1.0}],
+    }
+    overridden = [_apply_override(values, text) for text in overrides]
+    _make_paths_absolute(values, base=Path.cwd(), overridden=overridden)
+    return _validate(values, document=YamlDocument(values=values, lines={}), where="data").data
 
 
 def _validate(values: Mapping[str, Any], *, document: YamlDocument, where: str) -> Recipe:

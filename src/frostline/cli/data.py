@@ -1,0 +1,69 @@
+"""Data: what a recipe's files, or any file, come to before anything is trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from frostline.cli.app import AsJson, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.errors import DataError, RecipeError
+
+
+@app.command("data")
+@errors_for_people
+def data(
+    target: Annotated[str, typer.Argument(help="A recipe, or a file, folder or hub name.", metavar="RECIPE|FILE")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Whose tokens, for a file: model folder, hub name or run.", metavar="MODEL")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a key: data.loss_on=last. For a file, too.", metavar="KEY=VALUE"),
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Show so many of each part, with what learns in colour.", min=0)] = 3,
+    limit: Annotated[int | None, typer.Option(help="Look at no more than so many.", metavar="N", min=1)] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.", metavar="FILE")] = None,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Show what data come to: formats, counts, lengths, what learns, duplicates and leaks."""
+    from frostline.survey import survey
+    from frostline.terminal_data import print_survey
+
+    chosen = _target(target, overrides or [])
+    if tokenizer is not None and not isinstance(chosen, _data_spec()):
+        raise RecipeError("--tokenizer is for files: a recipe names its own (`--set tokenizer=MODEL`)")
+    found = survey(chosen, tokenizer=tokenizer, examples=examples, limit=limit, trust_remote_code=trust_remote_code)
+    if html is not None:
+        from frostline.experiment.data_page import write_data_page
+
+        write_data_page(found, html)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_survey(make_console(), found)
+        if html is not None:
+            make_console().print(f"written: {html}", highlight=False, soft_wrap=True)
+    if found.n_refused:
+        raise DataError(f"{found.n_refused} examples cannot be used; mend them, or leave them out: data.invalid=drop")
+
+
+def _data_spec() -> Any:
+    from frostline.recipe import DataSpec
+
+    return DataSpec
+
+
+def _target(target: str, overrides: list[str]) -> Any:
+    """A recipe for a YAML file, and the data section of one that only has this file for anything else."""
+    from frostline.recipe import load_recipe
+    from frostline.recipe.load import data_of_file
+
+    if Path(target).suffix.lower() in (".yaml", ".yml"):
+        return load_recipe(target, overrides=overrides)
+    wrong = [o for o in overrides if not o.startswith("data.")]
+    if wrong:
+        raise DataError(f"--set {wrong[0]}: of a file, only keys of `data` can be set")
+    return data_of_file(target, overrides=overrides)

@@ -1,0 +1,314 @@
+"""What a recipe's data, or a file, comes to: formats, counts, lengths, masks, duplicates and leaks. `frostline data`.
+
+It reads the data as training does, through `read_examples`, and keeps counts and a hash per example, never the data.
+Read `survey` first; `Survey` is what it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frostline.data import Example, FileTally, Tally, read_examples
+from frostline.data.templates import read_template
+from frostline.errors import DataError
+from frostline.feed import get_tokenizer
+from frostline.model import load_config, load_tokenizer
+from frostline.recipe import DataSpec, Recipe, SourceSpec
+from frostline.run_folder import checkpoint_of
+
+SHOWN_TOKENS = 400
+"""Of one example, so many tokens are shown."""
+PAIRS = 5
+"""Of duplicates and leaks, so many are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbouring tokens of one kind."""
+
+    text: str
+    learns: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One example as a person sees it."""
+
+    source: str
+    n_tokens: int
+    n_learning: int
+    pieces: tuple[Piece, ...]
+    is_cut: bool
+    """Whether only its beginning is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """Two places that hold the same."""
+
+    source: str
+    other: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """The data that a run trains on, or those held out."""
+
+    name: str
+    files: tuple[FileTally, ...]
+    n_examples: int
+    n_tokens: int
+    n_learning: int
+    n_bytes: int
+    """UTF-8 bytes that learning tokens stand for."""
+    longest: int
+    n_longer: int
+    """Examples longer than a row."""
+    lengths: tuple[tuple[int, int, int], ...]
+    """(from, to, examples): tokens per example, `to` not included."""
+    quantiles: tuple[int, int, int]
+    """Tokens per example: half have at most so many, 90 %, 99 %."""
+    n_duplicates: int
+    """Examples equal to one before them, mask included."""
+    duplicates: tuple[Same, ...]
+    shown: tuple[Shown, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """What was found."""
+
+    tokenizer: str
+    n_vocabulary: int | None
+    """Of the model; None where no model was named."""
+    drops: bool
+    """Whether what cannot be used is left out; else it refuses the run."""
+    row_length: int | None
+    """Tokens per row of the recipe; None for a bare file."""
+    is_whole: bool
+    """Whether everything was looked at."""
+    parts: tuple[Part, ...]
+    n_leaks: int
+    """Held-out examples that are also trained on."""
+    leaks: tuple[Same, ...]
+    n_prompt_leaks: int
+    """Held-out examples whose prompt is also trained on, with whatever answer; those that are the same throughout not
+    counted again."""
+    prompt_leaks: tuple[Same, ...]
+    notes: tuple[str, ...]
+    """What to know."""
+
+    @property
+    def n_refused(self) -> int:
+        """Examples that would refuse the run."""
+        return 0 if self.drops else sum(f.dropped for part in self.parts for f in part.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {"schema": 1, **asdict(self), "n_refused": self.n_refused}
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What is counted over the examples of a part."""
+
+    lengths: list[int] = field(default_factory=list)
+    n_learning: int = 0
+    n_bytes: int = 0
+    seen: dict[bytes, str] = field(default_factory=dict)
+    prompts: dict[bytes, str] = field(default_factory=dict)
+    n_duplicates: int = 0
+    duplicates: list[Same] = field(default_factory=list)
+
+
+def survey(
+    target: Recipe | DataSpec,
+    *,
+    tokenizer: str | None = None,
+    examples: int = 3,
+    limit: int | None = None,
+    trust_remote_code: bool = False,
+) -> Survey:
+    """Look at the data of a recipe, or of a `DataSpec` with a tokenizer (folder, hub name or run folder).
+
+    `examples`: so many are shown of each part; `limit`: only so many are looked at. Examples that cannot be used are
+    counted, whatever the recipe makes of them. Raises a `FrostlineError` for files that cannot be read.
+    """
+    if isinstance(target, Recipe):
+        spec, made = target.data, get_tokenizer(target, trust_remote_code=trust_remote_code)
+        n_vocabulary = int(load_config(target.model).get_text_config().vocab_size)
+        name = str(made.name_or_path) or "trained on the data"
+    elif tokenizer is None:
+        raise DataError("which tokens a file becomes depends on the tokenizer: name one with --tokenizer")
+    else:
+        spec, name = target, tokenizer
+        made = load_tokenizer(checkpoint_of(tokenizer), trust_remote_code=trust_remote_code)
+        n_vocabulary = len(made)
+    return _survey(spec, made, name, n_vocabulary, examples, limit, is_recipe=isinstance(target, Recipe))
+
+
+def _survey(
+    spec: DataSpec, tokenizer: Any, name: str, n_vocabulary: int, examples: int, limit: int | None, *, is_recipe: bool
+) -> Survey:
+    drops, spec = spec.invalid == "drop", spec.model_copy(update={"invalid": "drop"})  # all that is wrong, at once
+    sources = {"train" if is_recipe else "data": spec.train}
+    if isinstance(spec.held_out, tuple):
+        sources["held out"] = spec.held_out
+    parts, counted, whole = [], [], True
+    for part, paths in sources.items():
+        made, counts, is_whole = _part(part, paths, spec, tokenizer, n_vocabulary, examples, limit)
+        parts.append(made)
+        counted.append(counts)
+        whole = whole and is_whole
+    leaks = _leaks(counted[0].seen, counted[1].seen) if len(counted) > 1 else []
+    prompts = _leaks(counted[0].prompts, counted[1].prompts) if len(counted) > 1 else []
+    same = {p.source for p in leaks}
+    prompts = [p for p in prompts if p.source not in same]
+    return Survey(
+        tokenizer=name,
+        n_vocabulary=n_vocabulary if is_recipe else None,
+        drops=drops,
+        row_length=spec.length if is_recipe else None,
+        is_whole=whole,
+        parts=tuple(parts),
+        n_leaks=len(leaks),
+        leaks=tuple(leaks[:PAIRS]),
+        n_prompt_leaks=len(prompts),
+        prompt_leaks=tuple(prompts[:PAIRS]),
+        notes=tuple(_notes(spec, tokenizer, n_vocabulary, parts)),
+    )
+
+
+def _part(
+    name: str,
+    paths: Iterable[str | Path | SourceSpec],
+    spec: DataSpec,
+    tokenizer: Any,
+    n_vocabulary: int,
+    examples: int,
+    limit: int | None,
+) -> tuple[Part, _Counts, bool]:
+    tally, counts = Tally(), _Counts()
+    found = read_examples(spec, paths, tokenizer, n_vocabulary=n_vocabulary, tally=tally)
+    shown: list[Shown] = []
+    for example in islice(found, limit):
+        _count(example, counts)
+        if len(shown) < examples:
+            shown.append(show(example, tokenizer))
+    is_whole = limit is None or next(found, None) is None
+    lengths = np.array(counts.lengths, dtype=np.int64)
+    part = Part(
+        name=name,
+        files=tuple(tally.files.values()),
+        n_examples=len(lengths),
+        n_tokens=int(lengths.sum()),
+        n_learning=counts.n_learning,
+        n_bytes=counts.n_bytes,
+        longest=int(lengths.max(initial=0)),
+        n_longer=int((lengths > spec.length).sum()),
+        lengths=tuple(_histogram(lengths)),
+        quantiles=_quantiles(lengths),
+        n_duplicates=counts.n_duplicates,
+        duplicates=tuple(counts.duplicates),
+        shown=tuple(shown),
+    )
+    return part, counts, is_whole
+
+
+def _count(example: Example, counts: _Counts) -> None:
+    counts.lengths.append(len(example.ids))
+    counts.n_learning += int(example.learns.sum())
+    counts.n_bytes += example.n_bytes
+    key = _hash(example.ids.tobytes(), example.learns.tobytes())
+    first = counts.seen.setdefault(key, example.source)
+    if first != example.source:
+        counts.n_duplicates += 1
+        if len(counts.duplicates) < PAIRS:
+            counts.duplicates.append(Same(example.source, first))
+    start = int(np.argmax(example.learns))
+    if start > 1:  # one token is no prompt
+        counts.prompts.setdefault(_hash(example.ids[:start].tobytes()), example.source)
+
+
+def _hash(*parts: bytes) -> bytes:
+    digest = blake2b(digest_size=12)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def _leaks(trained: dict[bytes, str], held_out: dict[bytes, str]) -> list[Same]:
+    return [Same(source, trained[key]) for key, source in held_out.items() if key in trained]
+
+
+def _histogram(lengths: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, int]]:
+    """Examples per range of lengths, each range twice as wide as the one before it."""
+    if not len(lengths):
+        return
+    start = 1 << max(0, int(lengths.min()).bit_length() - 1)
+    while start <= lengths.max():
+        yield start, 2 * start, int(((lengths >= start) & (lengths < 2 * start)).sum())
+        start *= 2
+
+
+def _quantiles(lengths: np.ndarray[Any, Any]) -> tuple[int, int, int]:
+    if not len(lengths):
+        return 0, 0, 0
+    half, most, nearly = (int(np.quantile(lengths, q, method="inverted_cdf")) for q in (0.5, 0.9, 0.99))
+    return half, most, nearly
+
+
+def show(example: Example, tokenizer: Any) -> Shown:
+    """An example's text in pieces that learn and pieces that do not."""
+    n = min(len(example.ids), SHOWN_TOKENS)
+    cuts = [0, *(i for i in range(1, n) if example.learns[i] != example.learns[i - 1]), n]
+    texts = [tokenizer.decode(example.ids[:c].tolist(), clean_up_tokenization_spaces=False) for c in cuts]
+    pieces = [
+        Piece(texts[i + 1][len(texts[i]) :], bool(example.learns[cuts[i]]))
+        for i in range(len(cuts) - 1)
+        if cuts[i] < cuts[i + 1]
+    ]
+    return Shown(
+        source=example.source,
+        n_tokens=len(example.ids),
+        n_learning=int(example.learns.sum()),
+        pieces=tuple(pieces),
+        is_cut=n < len(example.ids),
+    )
+
+
+def _notes(spec: DataSpec, tokenizer: Any, n_vocabulary: int, parts: Iterable[Part]) -> Iterator[str]:
+    """What is no error and yet worth knowing."""
+    if tokenizer.eos_token_id is None:
+        yield "the tokenizer has no end token: texts run into each other without a mark"
+    if len(tokenizer) > n_vocabulary:
+        yield (
+            f"the tokenizer has {len(tokenizer)} tokens and the model {n_vocabulary}: a text that uses another "
+            "is refused"
+        )
+    files = [f for part in parts for f in part.files]
+    template = spec_template(spec, tokenizer)
+    if any(f.methods for f in files) and "strftime_now" in template:
+        yield "the chat template writes today's date; here that is always 26 Jul 2024, so that a run can be repeated"
+    for f in files:
+        if f.left_out:
+            yield f"{f.path}: messages whose text the chat template leaves out, or changes: {f.left_out:,}"
+        if f.control_in_text:
+            yield f"{f.path}: messages with a control token in their own text: {f.control_in_text:,}"
+        if not f.rows:
+            yield f"{f.path}: holds nothing"
+
+
+def spec_template(spec: DataSpec, tokenizer: Any) -> str:
+    """The text of the chat template in use; empty without one."""
+    if spec.chat_template is not None:
+        return read_template(spec.chat_template)
+    template = tokenizer.chat_template
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
