@@ -38,7 +38,7 @@ from frostline.engine.documents import use_document_attention
 from frostline.errors import DataError, ModelError
 from frostline.model import load_config, load_tokenizer
 from frostline.plan import StepShape
-from frostline.recipe import Recipe, TrainedTokenizer, source_names
+from frostline.recipe import DataSpec, Recipe, TrainedTokenizer, source_names
 from frostline.schedule import Stage
 
 
@@ -113,11 +113,21 @@ def make_feed(recipe: Recipe, tokenizer: Any) -> Feed:
     tally, held_out = Tally(), recipe.data.held_out
     store = _store(recipe, recipe.data.train, tokenizer, tally)
     apart = None if isinstance(held_out, float) else _store(recipe, held_out, tokenizer, Tally())
-    texts = {f.format for f in tally.files.values()} <= {"", "text", "tokens"} and store.learns is None
-    layout = recipe.data.layout or ("stream" if texts else "packed")
+    formats = {f.format for f in tally.files.values()}
+    layout = layout_of(recipe.data, formats, everything_learns=store.learns is None)
     if layout == "stream":
         return _streamed(recipe, store, apart)
     return _laid(recipe, layout, store, apart)
+
+
+def layout_of(data: DataSpec, formats: set[str], *, everything_learns: bool) -> Layout:
+    """The layout that the recipe says, or the one of its kind of data."""
+    return data.layout or ("stream" if formats <= {"", "text", "tokens"} and everything_learns else "packed")
+
+
+def long_of(data: DataSpec, *, everything_learns: bool) -> Literal["split", "truncate", "drop"]:
+    """What becomes of a document that is longer than a row."""
+    return data.long or ("split" if everything_learns else "truncate")
 
 
 def _store(recipe: Recipe, paths: Any, tokenizer: Any, tally: Tally) -> Store:
@@ -165,7 +175,7 @@ def _laid(recipe: Recipe, layout: Literal["packed", "padded", "flat"], store: St
     """Whole documents in rows; what is held out is spread evenly over them, or documents of their own."""
     data = recipe.data
     kept_by = _kept_by(recipe, layout)
-    long = data.long or ("split" if store.learns is None else "truncate")
+    long = long_of(data, everything_learns=store.learns is None)
     if apart is None:
         assert isinstance(data.held_out, float)
         chosen = spread(store.n_documents, data.held_out)

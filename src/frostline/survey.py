@@ -18,7 +18,7 @@ import numpy as np
 from frostline.data import Example, FileTally, Tally, read_examples
 from frostline.data.templates import read_template
 from frostline.errors import DataError
-from frostline.feed import get_tokenizer
+from frostline.feed import get_tokenizer, layout_of, long_of, spread
 from frostline.model import load_config, load_tokenizer
 from frostline.recipe import DataSpec, Recipe, SourceSpec
 from frostline.run_folder import checkpoint_of
@@ -71,6 +71,8 @@ class Part:
     longest: int
     n_longer: int
     """Examples longer than a row."""
+    fate: str
+    """What becomes of them: the layout, and the policy for long ones."""
     lengths: tuple[tuple[int, int, int], ...]
     """(from, to, examples): tokens per example, `to` not included."""
     quantiles: tuple[int, int, int]
@@ -95,6 +97,8 @@ class Survey:
     is_whole: bool
     """Whether everything was looked at."""
     parts: tuple[Part, ...]
+    split: str
+    """How the held-out part was chosen."""
     n_leaks: int
     """Held-out examples that are also trained on."""
     leaks: tuple[Same, ...]
@@ -120,10 +124,14 @@ class _Counts:
     """What is counted over the examples of a part."""
 
     lengths: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    """Hash of each example, mask included."""
+    prompts: list[bytes] = field(default_factory=list)
+    """Hash of what comes before the first learning token; empty where there is no such thing."""
     n_learning: int = 0
     n_bytes: int = 0
     seen: dict[bytes, str] = field(default_factory=dict)
-    prompts: dict[bytes, str] = field(default_factory=dict)
     n_duplicates: int = 0
     duplicates: list[Same] = field(default_factory=list)
 
@@ -167,10 +175,13 @@ def _survey(
         parts.append(made)
         counted.append(counts)
         whole = whole and is_whole
-    leaks = _leaks(counted[0].seen, counted[1].seen) if len(counted) > 1 else []
-    prompts = _leaks(counted[0].prompts, counted[1].prompts) if len(counted) > 1 else []
+    trained, held_out = _sides(spec, counted, parts[0].fate) if is_recipe or len(parts) > 1 else ([], [])
+    leaks = _leaks([(c.keys[i], c.sources[i]) for c, i in trained], [(c.keys[i], c.sources[i]) for c, i in held_out])
     same = {p.source for p in leaks}
-    prompts = [p for p in prompts if p.source not in same]
+    prompts = _leaks(
+        [(c.prompts[i], c.sources[i]) for c, i in trained],
+        [(c.prompts[i], c.sources[i]) for c, i in held_out if c.sources[i] not in same],
+    )
     return Survey(
         tokenizer=name,
         n_vocabulary=n_vocabulary if is_recipe else None,
@@ -178,6 +189,7 @@ def _survey(
         row_length=spec.length if is_recipe else None,
         is_whole=whole,
         parts=tuple(parts),
+        split="" if not held_out else _split_words(spec, parts[0].fate, len(held_out)),
         n_leaks=len(leaks),
         leaks=tuple(leaks[:PAIRS]),
         n_prompt_leaks=len(prompts),
@@ -206,6 +218,7 @@ def _part(
     lengths = np.array(counts.lengths, dtype=np.int64)
     part = Part(
         name=name,
+        fate=_fate(spec, tally, everything_learns=counts.n_learning == int(lengths.sum()) - len(lengths)),
         files=tuple(tally.files.values()),
         n_examples=len(lengths),
         n_tokens=int(lengths.sum()),
@@ -222,8 +235,16 @@ def _part(
     return part, counts, is_whole
 
 
+def _fate(spec: DataSpec, tally: Tally, *, everything_learns: bool) -> str:
+    layout = layout_of(spec, {f.format for f in tally.files.values()}, everything_learns=everything_learns)
+    if layout == "stream":
+        return "stream: one after another, cut into rows"
+    return f"{layout}; longer than a row: {long_of(spec, everything_learns=everything_learns)}"
+
+
 def _count(example: Example, counts: _Counts) -> None:
     counts.lengths.append(len(example.ids))
+    counts.sources.append(example.source)
     counts.n_learning += int(example.learns.sum())
     counts.n_bytes += example.n_bytes
     key = _hash(example.ids.tobytes(), example.learns.tobytes())
@@ -233,8 +254,8 @@ def _count(example: Example, counts: _Counts) -> None:
         if len(counts.duplicates) < PAIRS:
             counts.duplicates.append(Same(example.source, first))
     start = int(np.argmax(example.learns))
-    if start > 1:  # one token is no prompt
-        counts.prompts.setdefault(_hash(example.ids[:start].tobytes()), example.source)
+    counts.keys.append(key)
+    counts.prompts.append(_hash(example.ids[:start].tobytes()) if start > 1 else b"")  # one token is no prompt
 
 
 def _hash(*parts: bytes) -> bytes:
@@ -244,8 +265,42 @@ def _hash(*parts: bytes) -> bytes:
     return digest.digest()
 
 
-def _leaks(trained: dict[bytes, str], held_out: dict[bytes, str]) -> list[Same]:
-    return [Same(source, trained[key]) for key, source in held_out.items() if key in trained]
+Places = list[tuple[_Counts, int]]
+"""Examples by what counted them and their index."""
+
+
+def _sides(spec: DataSpec, counted: list[_Counts], fate: str) -> tuple[Places, Places]:
+    """What is trained on and what is held out, as training divides them."""
+    train = counted[0]
+    everything = [(train, i) for i in range(len(train.keys))]
+    if not isinstance(spec.held_out, float):
+        return everything, [(counted[1], i) for i in range(len(counted[1].keys))]
+    if not fate.startswith("stream"):
+        chosen = set(spread(len(everything), spec.held_out).tolist())
+        return [p for p in everything if p[1] not in chosen], [p for p in everything if p[1] in chosen]
+    ends = np.cumsum(train.lengths)
+    n_rows = max(0, (int(ends[-1]) - 1) // spec.length) if len(ends) else 0
+    cut = (n_rows - max(1, round(n_rows * spec.held_out))) * spec.length + 1
+    return (
+        [p for p in everything if ends[p[1]] - train.lengths[p[1]] < cut],
+        [
+            p for p in everything if ends[p[1]] > cut
+        ],  # a text that the cut runs through is on both sides, but not a leak
+    )
+
+
+def _split_words(spec: DataSpec, fate: str, n: int) -> str:
+    if not isinstance(spec.held_out, float):
+        return "files of their own"
+    how = "the end of the stream" if fate.startswith("stream") else "spread evenly over the examples"
+    return f"{spec.held_out:.4g} of the data, {how}: {n:,} of them"
+
+
+def _leaks(trained: list[tuple[bytes, str]], held_out: list[tuple[bytes, str]]) -> list[Same]:
+    """Held-out examples that stand in another place of what is trained on, too."""
+    at = {key: source for key, source in reversed(trained) if key}
+    found = [Same(source, at[key]) for key, source in held_out if key in at]
+    return [same for same in found if same.source != same.other]
 
 
 def _histogram(lengths: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, int]]:

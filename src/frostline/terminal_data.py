@@ -15,7 +15,7 @@ from frostline.data import FileTally
 from frostline.survey import Part, Same, Shown, Survey
 from frostline.units import format_bytes, format_share
 
-LEARNS, FROZEN = "black on green3", "grey62"
+LEARNS, FROZEN = "#0b3d1e on #bfe8c9", "grey62"
 BAR = "█"
 WIDTH = 40
 METHODS = {
@@ -78,8 +78,8 @@ def _counts(part: Part, survey: Survey) -> Iterator[str]:
     )
     if part.n_tokens:
         yield f"tokens per example: half ≤ {half:,}, 90 % ≤ {most:,}, 99 % ≤ {nearly:,}, longest {part.longest:,}"
-    if survey.row_length is not None and part.n_longer:
-        yield f"longer than a row of {survey.row_length:,} tokens: {part.n_longer:,}"
+    if survey.row_length is not None and part.n_tokens:
+        yield f"layout: {part.fate} ({plural(part.n_longer, 'example')} longer than {survey.row_length:,} tokens)"
     for f in part.files:
         yield from conversation_lines(f)
         yield from (f"{'dropped' if survey.drops else 'refused'}: {reason}" for reason in f.reasons)
@@ -114,7 +114,9 @@ def same_lines(n: int, pairs: Sequence[Same], thing: str, rest: str, sign: str) 
 
 def leak_lines(survey: Survey) -> Iterator[str]:
     """What is held out and trained on all the same."""
-    if len(survey.parts) > 1 and not survey.n_leaks and not survey.n_prompt_leaks:
+    if survey.split:
+        yield f"held out: {survey.split}"
+    if survey.split and not survey.n_leaks and not survey.n_prompt_leaks:
         yield "leaks: none; no held-out example, and no prompt of one, is trained on"
     yield from same_lines(survey.n_leaks, survey.leaks, "held-out example", "trained on too", "=")
     yield from same_lines(
@@ -131,8 +133,10 @@ def _title(shown: Shown) -> Text:
 
 def _masked(shown: Shown, *, colour: bool) -> Text:
     out = Text()
-    for piece in shown.pieces:
+    for i, piece in enumerate(shown.pieces):
         visible = piece.text.replace("\n", "↵\n")
+        if i == len(shown.pieces) - 1:
+            visible = visible.removesuffix("\n")
         if colour:
             out.append(visible, style=LEARNS if piece.learns else FROZEN)
         else:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from frostline.cli import app
 from frostline.data import Example
-from frostline.recipe import DataSpec
+from frostline.recipe import DataSpec, load_recipe
 from frostline.survey import show, survey
 
 TURNS = CONVERSATIONS["turns"]
@@ -132,7 +132,13 @@ def test_a_recipe_and_its_data_are_shown_in_the_terminal_and_as_json(tmp_path, m
     file = recipe(tmp_path, model, train=str(train), held_out=[str(held_out)])
     result = frost("data", file)
     assert result.exit_code == 0, result.output
-    for expected in ("messages", "2 examples", "⟦Very. é<|im_end|>⟧", "longer than a row of 32", "leaks: none"):
+    for expected in (
+        "messages",
+        "2 examples",
+        "⟦Very. é<|im_end|>⟧",
+        "layout: packed; longer than a row: truncate",
+        "leaks: none",
+    ):
         assert expected in result.output
     found = json.loads(frost("data", file, "--json").output)
     assert [p["name"] for p in found["parts"]] == ["train", "held out"]
@@ -188,3 +194,28 @@ def test_colour_marks_what_learns_where_the_terminal_has_colours(tmp_path, model
         print_survey(console, looked_at(file, model))
     assert "⟦" not in captured.get()
     assert re.search(r"\x1b\[[\d;]+mVery\. é<\|im_end\|>\x1b\[0m", captured.get())
+
+
+@pytest.mark.parametrize(("layout", "held_out_line", "trained_line"), [("packed", "6", "11"), ("stream", "11", "6")])
+def test_leaks_are_looked_for_between_what_a_share_leaves_to_train_on_and_what_it_holds_out(
+    tmp_path, model, layout, held_out_line, trained_line
+):
+    rows = [{"messages": [user(f"q{i}"), said(f"a{i}" * 4)]} for i in range(10)]
+    train = jsonl(tmp_path / "a.jsonl", [*rows, rows[5]])
+    data = {"train": str(train), "held_out": 0.1, "layout": layout}
+    found = survey(load_recipe(recipe(tmp_path, model, **data)))
+    assert [(p.source.rpartition(":")[2], p.other.rpartition(":")[2]) for p in found.leaks] == [
+        (held_out_line, trained_line)
+    ]
+    assert found.split.startswith("0.1 of the data, ")
+
+
+def test_the_split_of_a_share_is_the_one_that_training_makes(tmp_path, model):
+    from frostline.feed import get_tokenizer, make_feed
+
+    rows = [{"messages": [user(f"q{i}"), said(f"a{i}" * 4)]} for i in range(30)]
+    train = jsonl(tmp_path / "a.jsonl", rows)
+    loaded = load_recipe(recipe(tmp_path, model, train=str(train), held_out=0.2, layout="padded", length=64))
+    feed = make_feed(loaded, get_tokenizer(loaded))
+    n = int(re.search(r"(\d+) of them", survey(loaded).split)[1])
+    assert (n, 30 - n) == (len(feed.held_out), len(feed.train))
