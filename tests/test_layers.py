@@ -47,6 +47,7 @@ ROWS: dict[str, float] = {
     "run_folder": 2.5,
     "checkpoints": 2.8,
     "environment": 2.5,
+    "dtypes": 2.2,
     "folding": 2.5,
     "grouped": 1.5,
     "anatomy": 2,

@@ -132,7 +132,10 @@ def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, tr
     target = _new_folder(out)
     read = [read_delta(d) for d in deltas]
     _check_apart(read)
-    model = load_model(base, trust_remote_code=trust_remote_code)
+    # a run with bf16 weights has rounded its whole base, so the hashes in its delta are of the rounded one
+    in_bf16 = any(v.dtype == torch.bfloat16 for d in read for v in d.values.values())
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
     has_cut = any(d.untied for d in read) and untie(model)
     if has_cut and not all(d.untied for d in read):
         raise ModelError(

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from frostline.dtypes import set_dtype
 from frostline.errors import ModelError, did_you_mean
 from frostline.grouped import use_own_experts
 from frostline.recipe import ScratchModel
@@ -45,18 +46,26 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
         raise _cannot_load("configuration", source, error) from error
 
 
-def load_skeleton(source: Source, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model's structure on the meta device: names and shapes, no weights, no memory. Raises `ModelError`."""
+def load_skeleton(source: Source, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The model's structure on the meta device: names and shapes, no weights, no memory. Raises `ModelError`.
+
+    `dtype`: of its weights; that of its configuration when left out.
+    """
     config = load_config(source, trust_remote_code=trust_remote_code)
     try:
         with quiet_transformers(), torch.device("meta"):
-            return _module(AutoModelForCausalLM.from_config(config, **_code(config, source, trust_remote_code)))
+            model = _module(AutoModelForCausalLM.from_config(config, **_code(config, source, trust_remote_code)))
+            if dtype is not None:
+                set_dtype(model, dtype)
+            return model
     except Exception as error:  # constructors raise whatever their checks raise
         raise _cannot_load("causal language model", source, error) from error
 
 
-def load_fake(source: Source, *, trust_remote_code: bool = False) -> tuple[nn.Module, FakeTensorMode]:
-    """The model in fp32 with tensors that have shapes and no values, and the mode they live in. Raises `ModelError`."""
+def load_fake(
+    source: Source, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> tuple[nn.Module, FakeTensorMode]:
+    """The model with tensors that have shapes and no values, and the mode they live in. Raises `ModelError`."""
     config = load_config(source, trust_remote_code=trust_remote_code)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
@@ -64,13 +73,19 @@ def load_fake(source: Source, *, trust_remote_code: bool = False) -> tuple[nn.Mo
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, **_code(config, source, trust_remote_code)
             )
+            set_dtype(model, dtype)
             return _module(model), mode
     except Exception as error:  # constructors raise whatever their checks raise
         raise _cannot_load("causal language model", source, error) from error
 
 
-def load_model(source: Source, *, seed: int = 0, trust_remote_code: bool = False) -> nn.Module:
-    """The model in fp32 on the CPU; a model from scratch gets initial weights from `seed`. Raises `ModelError`."""
+def load_model(
+    source: Source, *, seed: int = 0, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model with its weights in `dtype` on the CPU. Raises `ModelError`.
+
+    A model from scratch gets initial weights from `seed`: drawn in fp32, whatever `dtype` they are rounded to.
+    """
     config = load_config(source, trust_remote_code=trust_remote_code)
     try:
         with quiet_transformers():
@@ -81,27 +96,27 @@ def load_model(source: Source, *, seed: int = 0, trust_remote_code: bool = False
                 _check_safetensors(source)
                 model, info = AutoModelForCausalLM.from_pretrained(
                     *_place(source),
-                    dtype=torch.float32,
+                    dtype=dtype,
                     use_safetensors=True,
                     output_loading_info=True,
                     **_pinned(source, trust_remote_code),
                 )
                 _check_complete(source, info)
+            set_dtype(model, dtype)
     except Exception as error:  # constructors and loaders raise whatever their checks raise
         raise _cannot_load("model", source, error) from error
     return _module(model)
 
 
-def load_random(source: Source, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model in fp32 on the CPU with initial weights, whatever weights exist. Raises `ModelError`."""
+def load_random(source: Source, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> nn.Module:
+    """The model on the CPU with initial weights, whatever weights exist. Raises `ModelError`."""
     config = load_config(source, trust_remote_code=trust_remote_code)
     try:
         with quiet_transformers():
-            return _module(
-                AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, **_code(config, source, trust_remote_code)
-                )
-            )
+            code = _code(config, source, trust_remote_code)
+            model = _module(AutoModelForCausalLM.from_config(config, dtype=torch.float32, **code))
+            set_dtype(model, dtype)
+            return model
     except Exception as error:  # constructors raise whatever their checks raise
         raise _cannot_load("causal language model", source, error) from error
 

@@ -56,7 +56,8 @@ class Alternative:
 class Setting:
     """One step under other settings of precision and memory."""
 
-    bf16: bool
+    precision: str
+    """As a recipe says it; `bf16` with the rounding of the plan."""
     recompute: bool
     cost: StageCost
 
@@ -107,7 +108,7 @@ class Planned:
             ],
             "settings": [
                 {
-                    "bf16": s.bf16,
+                    "precision": s.precision,
                     "recompute": s.recompute,
                     "total_flops": s.cost.total_flops,
                     **plain(asdict(s.cost)),
@@ -232,11 +233,13 @@ def _answered(subject: Subject, asked: Asked) -> Planned:
 
 
 def _settings(subject: Subject, stage: Stage) -> Iterator[Setting]:
-    """A step of the stage with and without bf16 products and recomputed blocks."""
-    for bf16, recompute in product((False, True), repeat=2):
-        batching = replace(subject.batching, bf16=bf16, recompute=recompute)
+    """A step of the stage in every precision, with and without recomputed blocks."""
+    for precision, recompute in product(("fp32", "bf16-mixed", "bf16"), (False, True)):
+        weights: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" else "fp32"
+        bf16 = precision == "bf16-mixed"
+        batching = replace(subject.batching, bf16=bf16, weights=weights, recompute=recompute)
         cost = subject.plan(subject.alone(stage), batching).stages[0].cost
-        yield Setting(bf16=bf16, recompute=recompute, cost=cost)
+        yield Setting(precision=precision, recompute=recompute, cost=cost)
 
 
 def _duration(subject: Subject, plan: Plan, asked: Asked) -> Duration | None:
@@ -263,7 +266,7 @@ def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
             f"a step needs {format_bytes(plan.peak_bytes)}, and this machine has {format_bytes(memory)}: it cannot be "
             "measured here; give the rate of the machine it will run on (`--throughput 150TFLOPS`)"
         )
-    model = load_random(subject.source, trust_remote_code=subject.trust_remote_code)
+    model = load_random(subject.source, dtype=subject.batching.dtype, trust_remote_code=subject.trust_remote_code)
     if subject.untied:
         untie(model)
     fit_attention(model, subject.batching.shape.kept_by if subject.batching.shape else None)
@@ -285,6 +288,7 @@ def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
                 shape=batching.shape,
                 n_vocabulary=model.config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
                 bf16=batching.bf16,
+                rounding=batching.rounding,
                 points=points,
                 language=language,
             )

@@ -23,6 +23,7 @@ from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.checkpoints import Checkpoints
 from frostline.choices import Choice, make_choice, write_choice
+from frostline.dtypes import dtype_note, weights_dtype
 from frostline.engine import (
     LoopSettings,
     LossFunction,
@@ -242,6 +243,8 @@ def batching_of(prepared: Prepared, device: torch.device) -> Batching:
         rows=recipe.data.batch,
         length=recipe.data.length,
         bf16=recipe.precision == "bf16-mixed",
+        weights="bf16" if recipe.precision == "bf16" else "fp32",
+        rounding=recipe.rounding or "masters",
         recompute=recipe.recompute == "blocks",
         device="cuda" if device.type == "cuda" else "cpu",
         loss=recipe.loss,
@@ -293,7 +296,7 @@ def prepare(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: 
 
     `choice`: what its selections mean where they depend on a measurement. Raises a `FrostlineError`.
     """
-    skeleton = load_skeleton(recipe.model, trust_remote_code=trust_remote_code)
+    skeleton = load_skeleton(recipe.model, dtype=weights_dtype(recipe), trust_remote_code=trust_remote_code)
     if recipe.ties == "untie":
         untie(skeleton)
     anatomy = read_anatomy(skeleton)
@@ -389,7 +392,8 @@ def _select(anatomy: Anatomy, expression: str, ties: str, *, stage: int) -> Sele
 def load_weights(prepared: Prepared, *, trust_remote_code: bool = False) -> nn.Module:
     """The model with its weights, untied if the recipe says so, its parts those that were selected from."""
     recipe = prepared.recipe
-    model = load_model(recipe.model, seed=recipe.seed, trust_remote_code=trust_remote_code)
+    dtype = weights_dtype(recipe)
+    model = load_model(recipe.model, seed=recipe.seed, dtype=dtype, trust_remote_code=trust_remote_code)
     if recipe.ties == "untie":
         untie(model)
     if isinstance(recipe.model, ScratchModel):
@@ -444,6 +448,8 @@ def loop_settings(ready: Ready) -> LoopSettings:
         loss_of=lambda stage: loss_of(stage, points, ready.loss),
         seed=recipe.seed,
         bf16=recipe.precision == "bf16-mixed",
+        rounding=recipe.rounding or "masters",
+        notes=[note] if (note := dtype_note(recipe)) else [],
         device=ready.device,
         eval_every=recipe.eval.every,
         gradients_every=recipe.evidence.gradients_every,

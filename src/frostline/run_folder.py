@@ -13,6 +13,7 @@
       boundary-0.json …       SHA-256 of every piece at the start and after each stage
       entry-0.safetensors …   the values that a stage starts to train, as they were
       gradients.jsonl         gradient norm per learning piece at sampled steps
+      updates.jsonl           how much of a sampled step the weights show, when they are kept in bf16
       model-files.json        SHA-256 of every file of the saved model
       flow.jsonl              where gradients go, at sampled steps, when that was measured
       load.jsonl              choices that each expert got, and those dropped, per step, when a stage has `moe`
@@ -101,6 +102,18 @@ class GradientSample:
     """Tensors with a gradient that nothing owns, or that may have one, or may not, against what the stage says."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateSample:
+    """What weights in fewer bits than fp32 showed of one step's update."""
+
+    step: int
+    stage: int
+    rounding: str
+    updates: dict[str, tuple[int, int]]
+    """Learning piece → (elements that the step, computed in fp32, leads to another number; those of them that kept
+    their value)."""
+
+
 class RunFolder:
     """One run folder; see the module's docstring for its files. Writing errors are `StorageError`."""
 
@@ -112,6 +125,7 @@ class RunFolder:
         self.timing = self.path / "timing.jsonl"
         self.endings = self.path / "endings.jsonl"
         self.gradients = self.evidence / "gradients.jsonl"
+        self.updates = self.evidence / "updates.jsonl"
         self.flow = self.evidence / "flow.jsonl"
         self.load = self.evidence / "load.jsonl"
         self.likeness = self.evidence / "likeness.jsonl"
@@ -223,6 +237,14 @@ class RunFolder:
         """Every gradient sample, in order."""
         return [GradientSample(**row) for row in self.read_lines(self.gradients)]
 
+    def read_updates(self) -> list[UpdateSample]:
+        """Every sample of what weights showed of an update, in order."""
+        rows = self.read_lines(self.updates)
+        return [
+            UpdateSample(**{**r, "updates": {n: (int(w), int(lost)) for n, (w, lost) in r["updates"].items()}})
+            for r in rows
+        ]
+
     def write_model_files(self, hashes: Mapping[str, str]) -> None:
         """Write `evidence/model-files.json`: file name in `model/` → SHA-256."""
         self.write_json("evidence/model-files.json", {"files": dict(hashes)})
@@ -297,7 +319,16 @@ class RunFolder:
         shutil.rmtree(self.model, ignore_errors=True)
 
     def _growing(self) -> tuple[Path, ...]:
-        return (self.metrics, self.timing, self.endings, self.gradients, self.flow, self.load, self.likeness)
+        return (
+            self.metrics,
+            self.timing,
+            self.endings,
+            self.gradients,
+            self.updates,
+            self.flow,
+            self.load,
+            self.likeness,
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

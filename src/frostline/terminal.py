@@ -16,7 +16,7 @@ from rich.text import Text
 
 from frostline.anatomy import Anatomy, Proof, SliceProof, parse_path
 from frostline.audit import FAILED, Audit, Diff, Row
-from frostline.engine import Evaluated, Event, RolledBack, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.engine import Evaluated, Event, Noted, RolledBack, RunStarted, StageEnded, StageStarted, StepDone
 from frostline.experiment.bench import Claims
 from frostline.experiment.demo import Demo
 from frostline.folding import Fold, fold
@@ -343,6 +343,8 @@ class ProgressLines:
                 self.progress.update(self.task, completed=event.to)
             case Evaluated():
                 self.console.print(f"  step {event.step:>5}  held-out loss {event.held_out_loss:.4f}", highlight=False)
+            case Noted():
+                self.console.print(event.text, style="yellow" if event.is_warning else None, highlight=False)
             case StageEnded():
                 self.console.print(_ended_line(event, self.seconds), highlight=False)
                 self.n_steps -= event.n_skipped
@@ -401,6 +403,8 @@ def _ended_line(event: StageEnded, seconds: float) -> str:
     line += "".join(f", {n} not: {reason}" for reason, n in reasons.items())
     if event.buffers_restored:
         line += f", {len(event.buffers_restored)} buffers put back"
+    if event.lost_updates is not None:
+        line += f"; {100 * event.lost_updates:.0f} % of the measured updates LOST to bf16 rounding"
     if event.following is not None:
         line += f"; {event.following.name} needs {format_bytes(event.following_bytes)} beside the weights"
     return line

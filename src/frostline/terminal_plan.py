@@ -85,7 +85,7 @@ def _settings_table(settings: Sequence[Setting]) -> Table:
     for column in COST_COLUMNS:
         table.add_column(column, justify="right")
     for s in settings:
-        table.add_row("bf16-mixed" if s.bf16 else "fp32", "blocks" if s.recompute else "off", *_cost_cells(s.cost))
+        table.add_row(s.precision, "blocks" if s.recompute else "off", *_cost_cells(s.cost))
     return table
 
 

@@ -114,8 +114,10 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault, *, at: int) -> None:
     """After the switch into stage `at` (0-based), do something that a faulty switch would have done."""
     original = train.switch
 
-    def faulty(parameters: Any, anatomy: Any, stage: Stage, *, memory: Any, leaving: Active | None) -> Active:
-        active = original(parameters, anatomy, stage, memory=memory, leaving=leaving)
+    def faulty(
+        parameters: Any, anatomy: Any, stage: Stage, *, memory: Any, leaving: Active | None, **more: Any
+    ) -> Active:
+        active = original(parameters, anatomy, stage, memory=memory, leaving=leaving, **more)
         if stage.index == at:
             fault(active, leaving, parameters)
         return active

@@ -404,10 +404,11 @@ def test_what_does_not_fit_here_is_not_measured_here(recipe: Path, monkeypatch: 
 
 
 def test_settings_stand_side_by_side(recipe: Path) -> None:
-    found = {(s.bf16, s.recompute): s.cost for s in plan_recipe(recipe, asked=Asked(compared=True)).settings}
-    assert len(found) == 4
-    assert found[False, True].activation_bytes < found[False, False].activation_bytes
-    assert found[True, False].total_flops == found[False, False].total_flops
+    found = {(s.precision, s.recompute): s.cost for s in plan_recipe(recipe, asked=Asked(compared=True)).settings}
+    assert len(found) == 6
+    assert found["fp32", True].activation_bytes < found["fp32", False].activation_bytes
+    assert found["bf16-mixed", False].total_flops == found["fp32", False].total_flops
+    assert found["bf16", False].weight_bytes < 0.51 * found["fp32", False].weight_bytes
 
 
 GOLDEN = Path(__file__).parent / "golden"

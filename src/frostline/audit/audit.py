@@ -49,12 +49,19 @@ def _audit(folder: RunFolder) -> Audit:
     check_records(anatomy, stages, boundaries)
     pieces = _pieces(anatomy, stages)
     states = States(folder, anatomy, pieces, n_stages=len(stages))
-    gradients = _gradient_norms(folder, len(stages))
+    gradients, updates = _gradient_norms(folder, len(stages)), _updates(folder, len(stages))
     idle = without_update(folder, stages)
     rows: list[Row] = []
     for stage in stages:
         findings = _findings(
-            anatomy, stage, pieces, boundaries, states, gradients[stage.index], idle=idle.get(stage.index)
+            anatomy,
+            stage,
+            pieces,
+            boundaries,
+            states,
+            gradients[stage.index],
+            updates[stage.index],
+            idle=idle.get(stage.index),
         )
         rows += _rows(anatomy, stage, findings)
     evidence = evidence_of(folder, anatomy, stages, boundaries, pieces, states, rows)
@@ -86,6 +93,17 @@ def _gradient_norms(folder: RunFolder, n_stages: int) -> list[dict[str, float | 
     return largest
 
 
+def _updates(folder: RunFolder, n_stages: int) -> list[dict[str, tuple[int, int]]]:
+    """Per stage: piece in fewer bits than fp32 → (updated, lost) elements, over the measured steps."""
+    out: list[dict[str, tuple[int, int]]] = [{} for _ in range(n_stages)]
+    for sample in folder.read_updates():
+        seen = out[sample.stage]
+        for name, (wanted, lost) in sample.updates.items():
+            before = seen.get(name, (0, 0))
+            seen[name] = (before[0] + wanted, before[1] + lost)
+    return out
+
+
 def _findings(
     anatomy: Anatomy,
     stage: StageRecord,
@@ -93,6 +111,7 @@ def _findings(
     boundaries: list[Boundary],
     states: States,
     gradients: dict[str, float | None],
+    updates: dict[str, tuple[int, int]],
     *,
     idle: Verdict | None,
 ) -> list[_Finding]:
@@ -126,7 +145,8 @@ def _findings(
         elif norm is None and name in gradients:
             verdict = "no gradient"
         else:
-            lost = _too_small_to_show(states.value(name, before), stage)
+            wanted, unseen = updates.get(name, (0, 0))
+            lost = wanted == unseen > 0 or _too_small_to_show(states.value(name, before), stage)
             verdict = "lost to rounding" if lost else "LEARNING BUT UNMOVED"
         findings.append(_Finding(name, piece, learns, parameter, verdict, movement, norm))
     return findings
@@ -143,7 +163,7 @@ def _too_small_to_show(value: torch.Tensor | None, stage: StageRecord) -> bool:
     if value is None or largest is None:
         return False
     lr, decay = (max(_values(v)) for v in (stage.settings["lr"], stage.settings["optimizer"]["weight_decay"]))
-    size = value.float().abs()
+    size = value.abs() if value.dtype in (torch.float32, torch.float64) else value.float().abs()
     half_gap = (torch.nextafter(size, torch.full_like(size, math.inf)) - size) / 4  # below a power of two it halves
     return bool((lr * largest + lr * decay * size < half_gap).all())
 

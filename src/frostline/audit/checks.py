@@ -85,6 +85,7 @@ def evidence_of(
         _finite(folder),
         _strays(folder, anatomy, stages),
         *steps_evidence(folder),
+        *_lost_updates(folder, stages),
         *([_past_stops(folder, anatomy, stages, pieces)] if any(cut_off(s, anatomy) for s in stages) else []),
     ]
 
@@ -183,6 +184,29 @@ def _strays(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord]) -> E
     return _check(
         "gradients that went where nothing owns them, or could not go where they should", [*found], "recorded"
     )
+
+
+def _lost_updates(folder: RunFolder, stages: list[StageRecord]) -> list[Evidence]:
+    """Said, not judged: a recipe that rounds bf16 weights to the nearest has asked for it."""
+    counts: dict[str, tuple[int, int]] = {}
+    for sample in folder.read_updates():
+        if sample.rounding == "nearest":
+            name = stages[sample.stage].name
+            wanted, lost = (sum(n[k] for n in sample.updates.values()) for k in (0, 1))
+            before = counts.get(name, (0, 0))
+            counts[name] = (before[0] + wanted, before[1] + lost)
+    if not counts:
+        return []
+    shares = (f"{100 * lost / max(wanted, 1):.0f} % (stage {name})" for name, (wanted, lost) in counts.items())
+    return [
+        Evidence(
+            claim="updates lost to bf16 rounding, at the measured steps",
+            expected="any share: weights are rounded to the nearest number",
+            measured=", ".join(shares),
+            passed=True,
+            basis="recorded",
+        )
+    ]
 
 
 def _past_stops(folder: RunFolder, anatomy: Anatomy, stages: list[StageRecord], pieces: dict[str, Slice]) -> Evidence:

@@ -30,7 +30,8 @@ Verdict = Literal[
 ]
 """`unchanged`, `moved`: as declared. `moved by rule`: a router's correction bias, which the recipe lets move without a
 gradient. `lost to rounding`: no step could be large enough to
-reach the next number that the piece's dtype has. `no signal`: its gradient is zero but for rounding.
+reach the next number that the piece's dtype has; of bf16 weights, every update that was measured was too small.
+`no signal`: its gradient is zero but for rounding.
 `zero gradient`: exactly zero at every sampled step, as for an expert that no token is routed to. `no gradient`: the
 loss does not depend on it. `every step skipped`, `no step done`: the stage made no update at all, because nothing in it
 was finite, or because the run halted at its first step. `derived`: a buffer that the forward pass itself rewrites.

@@ -3,6 +3,7 @@
 from frostline.engine.events import (
     Evaluated,
     Event,
+    Noted,
     Observer,
     RolledBack,
     RunStarted,
@@ -26,6 +27,7 @@ __all__ = [
     "LoopResult",
     "LoopSettings",
     "LossFunction",
+    "Noted",
     "Observer",
     "Points",
     "RolledBack",

@@ -88,6 +88,8 @@ class StageEnded:
     following: Stage | None
     following_bytes: int
     """Bytes of gradients, optimizer state and copies of slices that the next stage needs."""
+    lost_updates: float | None = None
+    """Share of the measured updates that bf16 weights, rounded to the nearest number, did not show; None elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,5 +106,13 @@ class RolledBack:
     why: NonFiniteError
 
 
-Event = RunStarted | StageStarted | StepDone | RolledBack | Evaluated | Measured | StageEnded
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noted:
+    """Something that a person should know, in words; nothing that an observer has to act on."""
+
+    text: str
+    is_warning: bool = False
+
+
+Event = RunStarted | StageStarted | StepDone | RolledBack | Evaluated | Measured | StageEnded | Noted
 Observer = Callable[[Event], None]

@@ -59,6 +59,28 @@ class Optimizers:
         for part in self.parts:
             part.step()
 
+    def step_as(self, leaf: nn.Parameter, stand_in: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Update `stand_in`, which has a gradient, as if it were `leaf` with this state; returns the state after it.
+
+        Nothing else is updated, and the state that is kept for `leaf` is not changed.
+        """
+        part = self._part_of[leaf]
+        groups, kept = part.param_groups, part.state.pop(leaf, None)
+        group = next((g for g in groups if any(p is leaf for p in g["params"])), None)
+        if group is None:
+            return dict(state)
+        held, part.param_groups = group["params"], [group]
+        group["params"] = [stand_in]
+        if state:
+            part.state[stand_in] = dict(state)
+        try:
+            part.step()
+            return dict(part.state.pop(stand_in, {}))
+        finally:
+            group["params"], part.param_groups = held, groups
+            if kept is not None:
+                part.state[leaf] = kept
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for part in self.parts:
@@ -162,8 +184,10 @@ def _adam(found: Sequence[_Leaf], spec: OptimizerSpec) -> torch.optim.Optimizer:
 
 def _sgd(found: Sequence[_Leaf], spec: OptimizerSpec) -> torch.optim.Optimizer:
     momentum = spec.momentum or 0.0
-    # torch's fused SGD fails when some leaves of a group have momentum and others do not have it yet
-    return torch.optim.SGD(_groups(found), lr=0.0, momentum=momentum, fused=None if momentum else True)
+    # torch's fused SGD fails when some leaves of a group have momentum and others do not have it yet; and on the CPU it
+    # leaves bf16 leaves of 16 elements and more as they are, without an error (torch 2.13)
+    safe = not momentum and all(leaf.value.element_size() >= 4 for leaf in found)
+    return torch.optim.SGD(_groups(found), lr=0.0, momentum=momentum, fused=safe or None)
 
 
 def _adafactor(found: Sequence[_Leaf], _: OptimizerSpec) -> torch.optim.Optimizer:

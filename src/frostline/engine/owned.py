@@ -50,6 +50,11 @@ class Owned:
         """Whether this rank holds only part of the parameter."""
         return isinstance(self.parameter, DTensor)
 
+    @property
+    def is_master(self) -> bool:
+        """Whether `value` holds more than the parameter's dtype can show."""
+        return self.value.element_size() > self.parameter.element_size()
+
     def write_back(self) -> None:
         """Copy the leaf into its place in the model, if it is a copy."""
         if self.is_copy and self.value.numel():
@@ -157,14 +162,18 @@ def own(
     master_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Ownership:
-    """Own disjoint `slices` of `parameters`, one leaf each, in the parameters' dtype and place by default."""
+    """Own disjoint `slices` of `parameters`, one leaf each, in the parameters' dtype and place by default.
+
+    `master_dtype`: of the leaves of parameters whose own dtype is narrower; no leaf is narrower than its parameter.
+    """
     return Ownership(_owned(parameters[s.tensor], s, master_dtype, device) for s in slices)
 
 
 def _owned(parameter: nn.Parameter, piece: Slice, dtype: torch.dtype | None, device: torch.device | None) -> Owned:
     part = local_part(parameter)
     local = local_slice(piece, parameter)
-    as_it_is = dtype in (None, part.dtype) and device in (None, part.device)
+    dtype = dtype if dtype is not None and dtype.itemsize > part.element_size() else None
+    as_it_is = dtype is None and device in (None, part.device)
     if as_it_is and local == whole(piece.tensor, part.shape) and part.is_contiguous():
         value = parameter if part is parameter else nn.Parameter(part.detach().view(leaf_shape(part.shape)))
         return Owned(piece=piece, parameter=parameter, local=local, value=value, is_copy=False)

@@ -20,6 +20,7 @@ from frostline.anatomy import Anatomy, Slice, fingerprint, put, refine, take, wh
 from frostline.engine.events import Evaluated, Event, Measured, RolledBack, StageEnded, StageStarted, StepDone
 from frostline.engine.optimizers import leaves, state_bytes
 from frostline.engine.owned import Ownership
+from frostline.engine.rounding import Rounding, Shown, n_shown, stepped_bytes
 from frostline.errors import RunFolderError
 from frostline.run_folder import Boundary, RunFolder, StageRecord, damaged_records, storage_errors
 from frostline.schedule import Schedule, Stage
@@ -57,8 +58,9 @@ class Recorder:
         *,
         gradients_every: int,
         loop: Literal["recipe", "own"] = "recipe",
+        rounding: Rounding = "nearest",
     ) -> None:
-        self.folder, self.model = folder, model
+        self.folder, self.model, self.rounding = folder, model, rounding
         self.gradients_every = gradients_every
         self.anatomy, self.loop = anatomy, loop
         self.pieces = cut_pieces(anatomy, [s.selection for s in schedule.stages])
@@ -67,6 +69,7 @@ class Recorder:
         ]
         self._hashes: list[dict[str, str]] = []
         self._norms: dict[str, list[float | None]] = {}
+        self._updates: dict[str, tuple[int, int]] = {}
         self._drifted: dict[str, None] = {}
         self._updated = False
         folder.write_anatomy(anatomy)
@@ -103,7 +106,7 @@ class Recorder:
     def resume(self, stage: Stage, drifted: tuple[str, ...], *, ended: bool) -> None:
         """Go on in the middle of `stage`, from what the folder holds; `ended`: at its end, its records written."""
         self._hashes = [self.folder.read_boundaries()[-1].hashes]
-        self._norms, self._drifted, self._updated = {}, {}, False
+        self._norms, self._drifted, self._updates, self._updated = {}, {}, {}, False
         if ended:
             return
         self._drifted = dict.fromkeys(drifted)
@@ -113,6 +116,9 @@ class Recorder:
             if sample.stage == stage.index:
                 for name, norm in sample.norms.items():
                     self._norms.setdefault(name, []).append(norm)
+        for measured in self.folder.read_updates():
+            if measured.stage == stage.index:
+                self._add_updates(measured.updates)
 
     @property
     def drifts(self) -> tuple[str, ...]:
@@ -146,11 +152,14 @@ class Recorder:
             for piece, value in values.items():
                 put(tensors[piece.tensor], piece, value.to(tensors[piece.tensor].device))
 
+    def is_due(self, stage: Stage, step: int) -> bool:
+        """Whether `step` (steps done, this one included) is sampled."""
+        return step % self.gradients_every == 0 or step in (stage.start + 1, stage.end)
+
     def gradients(self, stage: Stage, step: int, ownership: Ownership) -> None:
-        """Called before an update: record the gradient norm of every learning piece, if `step` (steps done, this one
-        included) is sampled."""
+        """Called before an update: record the gradient norm of every learning piece, if `step` is sampled."""
         self._updated = True
-        if step % self.gradients_every and step not in (stage.start + 1, stage.end):
+        if not self.is_due(stage, step):
             return
         norms = {}
         for piece in filter(self.anatomy.learnable, self.learning[stage.index]):
@@ -159,6 +168,21 @@ class Recorder:
             self._norms.setdefault(str(piece), []).append(norms[str(piece)])
         row = {"step": step, "stage": stage.index, "norms": norms, "stray": self._stray(stage, ownership)}
         self.folder.append(self.folder.gradients, row)
+
+    def updates(self, stage: Stage, step: int, shown: Mapping[Slice, Shown]) -> None:
+        """Record, for every learning piece in fewer bits than fp32, how much of a measured step it shows."""
+        if not shown:
+            return
+        counts = {str(p): n_shown(shown, p) for p in self.learning[stage.index]}
+        found = {name: n for name, n in counts.items() if n is not None}
+        self._add_updates(found)
+        row = {"step": step, "stage": stage.index, "rounding": self.rounding, "updates": found}
+        self.folder.append(self.folder.updates, row)
+
+    def _add_updates(self, found: Mapping[str, tuple[int, int]]) -> None:
+        for name, (wanted, lost) in found.items():
+            before = self._updates.get(name, (0, 0))
+            self._updates[name] = (before[0] + wanted, before[1] + lost)
 
     def _stray(self, stage: Stage, ownership: Ownership) -> list[str]:
         """Parameters with a gradient that no leaf owns, or whose `requires_grad` is not what the stage says."""
@@ -187,9 +211,10 @@ class Recorder:
             unmoved=tuple((name, self._why_unmoved(name)) for name in still),
             buffers_restored=tuple(self._drifted),
             following=following,
-            following_bytes=stage_bytes(following, self._element_bytes) if following else 0,
+            following_bytes=stage_bytes(following, self._element_bytes, self.rounding) if following else 0,
+            lost_updates=self._lost(),
         )
-        self._norms, self._drifted, self._updated = {}, {}, False
+        self._norms, self._drifted, self._updates, self._updated = {}, {}, {}, False
         return event
 
     def _why_unmoved(self, name: str) -> str:
@@ -199,6 +224,8 @@ class Recorder:
             return "every step was skipped"
         if not norms or all(n is None for n in norms):
             return "no gradient arrived"
+        if any(norms) and self._updates.get(name, (1, 0))[0] == 0:
+            return "no update was made of its gradient"
         return "its gradient is zero" if not any(norms) else "every step was too small for its next number"
 
     def _took_back(self, event: RolledBack) -> None:
@@ -207,9 +234,25 @@ class Recorder:
         numbers = {"loss": event.why.loss, "gradient_norm": event.why.gradient_norm}
         more = {"stage": event.stage.name, **numbers, "left_out": list(event.left_out), "why": str(event.why)}
         self.folder.append(self.folder.metrics, {**marker, **more})
-        for path in (self.folder.gradients, self.folder.flow):
+        for path in (self.folder.gradients, self.folder.updates, self.folder.flow):
             if path.exists():
                 self.folder.append(path, marker)
+
+    def loss_warning(self, stage: Stage) -> str | None:
+        """What to say of a stage that loses updates to rounding, by its first step."""
+        lost = self._lost()
+        if not lost:
+            return None
+        return (
+            f"  stage {stage.name}: {100 * lost:.0f} % of the first step's updates are LOST: bf16 has no number near "
+            "enough, and weights are rounded to the nearest. `rounding: masters` keeps updates in fp32 copies of what "
+            "learns, `rounding: stochastic` on average"
+        )
+
+    def _lost(self) -> float | None:
+        """The share of the updates of narrow weights that rounding to nearest has lost, where it was measured."""
+        wanted, lost = (sum(n[k] for n in self._updates.values()) for k in (0, 1))
+        return lost / wanted if wanted and self.rounding == "nearest" else None
 
     def _element_bytes(self, tensor: str) -> int:
         return self.anatomy.tensor[tensor].element_bytes
@@ -258,6 +301,7 @@ class Recorder:
                             "moved": event.n_moved,
                             "unmoved": dict(event.unmoved),
                             "buffers_restored": list(event.buffers_restored),
+                            **({"lost_updates": event.lost_updates} if event.lost_updates is not None else {}),
                         },
                     )
                 self.folder.append(
@@ -272,14 +316,19 @@ class Recorder:
                 pass
 
 
-def stage_bytes(stage: Stage, element_bytes: Callable[[str], int]) -> int:
-    """Bytes of gradients, optimizer state and copies of slices in a stage."""
+def stage_bytes(stage: Stage, element_bytes: Callable[[str], int], rounding: Rounding = "nearest") -> int:
+    """Bytes of gradients, optimizer state and copies (of slices, and fp32 masters) in a stage."""
     shapes = {t.name: t.shape for t in stage.selection.anatomy.tensors}
-    gradients = sum(s.n_elements * element_bytes(s.tensor) for s in stage.selection.slices)
-    copies = sum(
-        p.n_elements * element_bytes(p.tensor) for p in leaves(stage, ()) if p != whole(p.tensor, shapes[p.tensor])
-    )
-    return gradients + copies + state_bytes(stage, element_bytes)
+
+    def leaf_bytes(tensor: str) -> int:
+        return max(element_bytes(tensor), 4) if rounding == "masters" else element_bytes(tensor)
+
+    def is_copy(p: Slice) -> bool:
+        return p != whole(p.tensor, shapes[p.tensor]) or leaf_bytes(p.tensor) != element_bytes(p.tensor)
+
+    gradients = sum(s.n_elements * leaf_bytes(s.tensor) for s in stage.selection.slices)
+    copies = sum(p.n_elements * leaf_bytes(p.tensor) for p in leaves(stage, ()) if is_copy(p))
+    return gradients + copies + state_bytes(stage, lambda t: stepped_bytes(element_bytes(t), rounding))
 
 
 def peak_resident_bytes() -> int | None:

@@ -15,13 +15,16 @@ from torch import nn
 
 from frostline.anatomy import Anatomy, Slice, put, slice_from_json, slice_to_json, take
 from frostline.engine.optimizers import make_optimizer
-from frostline.engine.owned import own
+from frostline.engine.owned import Owned, own
 from frostline.engine.rollback import Window
+from frostline.engine.rounding import Rounding, master_dtype
 from frostline.engine.stage_switch import Active, Memory, StoredState, let_learn
 from frostline.schedule import Stage
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 """File → name → tensor."""
+MASTER = "master"
+"""Among the state of a leaf: the leaf itself, in fp32, where the model's weight is narrower."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +49,7 @@ class RunState:
     records: Mapping[str, int]
     """Record of the run folder → its bytes, or its number of files: what comes after was written later."""
     leaves: tuple[tuple[Slice, dict[str, Any]], ...]
-    """What the optimizer owns, in its order, each with its state."""
+    """What the optimizer owns, in its order, each with its state; an fp32 master is there as `master`."""
     memory: Memory
     """State of what does not learn now, moved away."""
     weights: Mapping[Slice, torch.Tensor]
@@ -63,12 +66,23 @@ def capture(
     """The state of a run, copied to the CPU. `tensors`: the model's, buffers too; `rest`: the other fields."""
     with torch.no_grad():
         weights = {p: _copy(take(tensors[p.tensor], p)) for p in learned}
-    leaves = tuple((o.piece, _copied(active.optimizer.state_of(o.value))) for o in active.ownership.owned)
+    leaves = tuple((o.piece, _copied(_leaf_state(active, o))) for o in active.ownership.owned)
     kept = {p: StoredState(optimizer=s.optimizer, state=_copied(s.state)) for p, s in memory.items()}
     return RunState(stage=active.stage.index, leaves=leaves, memory=kept, weights=weights, **rest)
 
 
-def reenter(model: nn.Module, anatomy: Anatomy, stage: Stage, state: RunState) -> Active:
+def _leaf_state(active: Active, o: Owned) -> dict[str, Any]:
+    """The optimizer's state of a leaf, with the leaf itself where the model's weight does not show all of it."""
+    return active.optimizer.state_of(o.value) | ({MASTER: o.value} if o.is_master else {})
+
+
+def reenter(
+    model: nn.Module,
+    anatomy: Anatomy,
+    stage: Stage,
+    state: RunState,
+    rounding: Rounding = "nearest",
+) -> Active:
     """The stage as it was: weights put in, the same leaves owned in the same order, each with its optimizer state."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
@@ -76,14 +90,17 @@ def reenter(model: nn.Module, anatomy: Anatomy, stage: Stage, state: RunState) -
         for piece, values in state.weights.items():
             put(tensors[piece.tensor], piece, values.to(tensors[piece.tensor].device))
     let_learn(parameters, anatomy, stage)
-    ownership = own(parameters, [piece for piece, _ in state.leaves])
+    ownership = own(parameters, [piece for piece, _ in state.leaves], master_dtype=master_dtype(rounding))
     optimizer = make_optimizer(ownership.owned, stage)
-    for o, (_, stored) in zip(ownership.owned, state.leaves, strict=True):
+    n_restored = 0
+    for o, (_, kept) in zip(ownership.owned, state.leaves, strict=True):
+        stored = {k: v for k, v in kept.items() if k != MASTER}
+        if o.is_master:
+            o.value.detach().copy_(kept[MASTER])
         if stored:
             optimizer.set_state(o.value, stored)
-    return Active(
-        stage=stage, ownership=ownership, optimizer=optimizer, n_restored=sum(bool(s) for _, s in state.leaves)
-    )
+        n_restored += bool(stored)
+    return Active(stage=stage, ownership=ownership, optimizer=optimizer, n_restored=n_restored, rounding=rounding)
 
 
 def to_files(state: RunState) -> tuple[Tensors, dict[str, Any]]:

@@ -19,6 +19,7 @@ from frostline.anatomy import Anatomy, Slice, intersect, subtract, subtract_all,
 from frostline.engine.dispatch import set_dispatch
 from frostline.engine.optimizers import BY_ELEMENT, Optimizers, leaves, make_optimizer
 from frostline.engine.owned import Owned, Ownership, leaf_shape, local_slice, own, relative
+from frostline.engine.rounding import Rounding, Shown, keep_masters, master_dtype, update
 from frostline.grouped import let_experts_learn
 from frostline.schedule import Stage
 
@@ -46,6 +47,13 @@ class Active:
     optimizer: Optimizers
     n_restored: int
     """Owned leaves that continue with kept optimizer state; the others start afresh."""
+    rounding: Rounding = "nearest"
+    """How weights narrower than fp32 take updates."""
+
+    def update(self, *, seed: int = 0, measure: bool = False) -> dict[Slice, Shown]:
+        """The optimizer's step, put into the model; see `rounding.update`."""
+        name = self.stage.spec.optimizer.name
+        return update(self.optimizer, self.ownership, self.rounding, name=name, seed=seed, measure=measure)
 
 
 def switch(
@@ -55,10 +63,12 @@ def switch(
     *,
     memory: Memory,
     leaving: Active | None,
+    rounding: Rounding = "nearest",
 ) -> Active:
     """Enter `stage`. `parameters` holds every name of every parameter; `memory` is updated.
 
     Afterwards `memory` holds what was offloaded, and nothing else: what still learns has its state in the optimizer.
+    What still learns keeps its master too; what freezes has the rounded value only, from now on.
     Switch only at a step's end: a gradient accumulated for the stage before would leak into this one.
     """
     if leaving is not None:
@@ -69,11 +79,13 @@ def switch(
     let_learn(parameters, anatomy, stage)
     name = stage.spec.optimizer.name
     known = [piece for piece, stored in memory.items() if stored.optimizer == name]
-    ownership = own(parameters, leaves(stage, known))
+    ownership = own(parameters, leaves(stage, known), master_dtype=master_dtype(rounding))
+    if leaving is not None:
+        keep_masters(leaving.ownership, ownership)
     optimizer = make_optimizer(ownership.owned, stage)
     n_restored = restore(memory, optimizer, ownership.owned, name)
     _forget_or_offload(memory, stage, parameters)
-    return Active(stage=stage, ownership=ownership, optimizer=optimizer, n_restored=n_restored)
+    return Active(stage=stage, ownership=ownership, optimizer=optimizer, n_restored=n_restored, rounding=rounding)
 
 
 def let_learn(parameters: Mapping[str, nn.Parameter], anatomy: Anatomy, stage: Stage) -> None:

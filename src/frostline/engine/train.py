@@ -21,6 +21,7 @@ from frostline.engine.events import (
     Evaluated,
     Event,
     Measured,
+    Noted,
     Observer,
     RolledBack,
     RunStarted,
@@ -32,6 +33,7 @@ from frostline.engine.flow import measure_flow
 from frostline.engine.nonfinite import find_nonfinite
 from frostline.engine.record import Recorder, named_tensors
 from frostline.engine.rollback import Window, batch_of, is_spike, last_return, window_of
+from frostline.engine.rounding import Rounding
 from frostline.engine.routes import Points, set_routes
 from frostline.engine.run_state import RunState, capture, reenter
 from frostline.engine.stage_switch import Active, Memory, set_modes, switch
@@ -58,6 +60,8 @@ class LoopSettings:
 
     seed: int = 0
     bf16: bool = False
+    rounding: Rounding = "nearest"
+    """How weights narrower than fp32 take updates."""
     device: torch.device = CPU
     eval_every: int | None = None
     """Steps between measurements of the held-out loss, beside the start and each stage's end."""
@@ -78,6 +82,8 @@ class LoopSettings:
     at a stop."""
     go_back: Callable[[NonFiniteError, int, int, int], RunState] | None = None
     """(why, steps done, the first step to go back to, rollbacks so far) → the state of a checkpoint; raises, if not."""
+    notes: Sequence[str] = ()
+    """Told when the run starts."""
     watch: Callable[[Active, int], AbstractContextManager[None]] | None = None
     """(stage in progress, its step) → a context around that step that only looks; for measuring."""
 
@@ -117,7 +123,9 @@ def train_loop(
     if settings.points is None and any(s.routes for s in schedule.stages):
         raise RouteError("a stage has gradient routes, but no points were placed in the model (see `place`)")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    recorder = Recorder(folder, model, anatomy, schedule, gradients_every=settings.gradients_every)
+    recorder = Recorder(
+        folder, model, anatomy, schedule, gradients_every=settings.gradients_every, rounding=settings.rounding
+    )
     memory: Memory = {}
     active: Active | None = None
     endings: list[int] = []
@@ -146,7 +154,7 @@ def train_loop(
         schedule = schedule.ended(endings)
         memory.clear()
         memory.update(saved.memory)
-        entered = reenter(model, anatomy, schedule.stages[saved.stage], saved)
+        entered = reenter(model, anatomy, schedule.stages[saved.stage], saved, settings.rounding)
         enter_routes(settings.points, entered.stage)
         recorder.resume(entered.stage, saved.drifted, ended=len(endings) > saved.stage)
         set_modes(model, entered.stage)
@@ -186,6 +194,8 @@ def train_loop(
     derived = find_derived_buffers(model, batches(0, schedule.stages[0])[0], loss)
     if resumed is None:
         tell(RunStarted(schedule=schedule))
+        for note in settings.notes:
+            tell(Noted(text=note))
         recorder.boundary(0, step=0, derived=derived)
     else:
         left_out = list(resumed.left_out)
@@ -197,7 +207,7 @@ def train_loop(
         while done < schedule.n_steps and not stop():
             stage = schedule.at(done)
             if active is None or active.stage.index != stage.index:
-                active = switch(parameters, anatomy, stage, memory=memory, leaving=active)
+                active = switch(parameters, anatomy, stage, memory=memory, leaving=active, rounding=settings.rounding)
                 enter_routes(settings.points, stage)
                 set_modes(model, stage)
                 recorder.entry(stage)
@@ -227,6 +237,8 @@ def train_loop(
             n_skipped = n_skipped + 1 if event.skipped else 0
             recent = recent if event.skipped or not settings.spike else [*recent, event.loss][-settings.spike.window :]
             tell(event)
+            if done == stage.start and (text := recorder.loss_warning(stage)):
+                tell(Noted(text=text, is_warning=True))
             recorder.drifted(buffers.restore())
             if not event.skipped:
                 buffers.accept(move_corrections(model, stage))
@@ -324,8 +336,8 @@ def _one_step(
     if finite:
         recorder.gradients(stage, at + 1, ownership)
         ownership.scale(stage.spec.clip or math.inf, norm)
-        optimizer.step()
-        ownership.write_back()
+        shown = active.update(seed=derive_seed(settings.seed, "update", at), measure=recorder.is_due(stage, at + 1))
+        recorder.updates(stage, at + 1, shown)
     optimizer.zero_grad()
     return StepDone(
         stage=stage,

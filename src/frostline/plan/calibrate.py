@@ -10,6 +10,7 @@ from torch import nn
 
 from frostline.anatomy import Anatomy
 from frostline.engine import LossFunction, Points, loss_of, next_token_loss, step
+from frostline.engine.rounding import Rounding
 from frostline.engine.stage_switch import set_modes, switch
 from frostline.engine.train import enter_routes
 from frostline.plan.shapes import StepShape, micro_batches
@@ -27,6 +28,7 @@ def time_stage(
     n_vocabulary: int,
     shape: StepShape | None = None,
     bf16: bool = False,
+    rounding: Rounding = "nearest",
     points: Points | None = None,
     language: LossFunction = next_token_loss,
     n_steps: int = 3,
@@ -37,7 +39,7 @@ def time_stage(
     size = (rows, length) if shape is None else (1, shape.computed)
     ids = torch.randint(n_vocabulary, size, generator=generator).to(device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    active = switch(parameters, anatomy, stage, memory={}, leaving=None)
+    active = switch(parameters, anatomy, stage, memory={}, leaving=None, rounding=rounding)
     enter_routes(points, stage)
     set_modes(model, stage)
     batches = micro_batches(rows, length, stage.spec.accumulate, ids, shape)

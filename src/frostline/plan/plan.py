@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy, find_blocks
 from frostline.engine import How, Points, choose_loss, place
 from frostline.engine.documents import use_document_attention
 from frostline.engine.recompute import recompute_blocks
+from frostline.engine.rounding import Rounding
 from frostline.errors import FrostlineError, PlanError
 from frostline.model import Source, load_fake, untie
 from frostline.plan.meter import KINDS, Device
@@ -34,6 +36,10 @@ class Batching:
     """Tokens per row."""
     bf16: bool = False
     """Matrix products in bf16 (autocast)."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """What the model's weights are kept in."""
+    rounding: Rounding = "masters"
+    """How bf16 weights take updates."""
     recompute: bool = False
     """Blocks keep their input only (gradient checkpointing)."""
     device: Device = "cpu"
@@ -44,6 +50,11 @@ class Batching:
     """A step near the average, where rows are made of documents: FLOPs are of it."""
     largest: StepShape | None = None
     """The largest step, where steps differ in size: bytes are of it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.bfloat16 if self.weights == "bf16" else torch.float32
 
     @property
     def tokens(self) -> int:
@@ -111,7 +122,7 @@ def make_plan(
 
     `untied`: the head has weights of its own. Raises `PlanError` for arithmetic without a formula.
     """
-    model, mode = load_fake(source, trust_remote_code=trust_remote_code)
+    model, mode = load_fake(source, dtype=batching.dtype, trust_remote_code=trust_remote_code)
     if untied:
         with mode:
             untie(model)
@@ -136,6 +147,7 @@ def make_plan(
             n_vocabulary=n_vocabulary,
             shape=shape,
             bf16=batching.bf16,
+            rounding=batching.rounding,
             device=batching.device,
             points=points,
             language=language,

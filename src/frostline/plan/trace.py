@@ -21,6 +21,7 @@ from frostline.anatomy import Anatomy, Component, Slice, find_blocks, intersect,
 from frostline.engine import Points, loss_of, next_token_loss, set_routes, step
 from frostline.engine.optimizers import FOREIGN, state_bytes
 from frostline.engine.recompute import recomputing
+from frostline.engine.rounding import Rounding, stepped_bytes
 from frostline.engine.stage_switch import Active, set_modes, switch
 from frostline.engine.step import LossFunction, StepLoss
 from frostline.engine.train import enter_routes
@@ -93,6 +94,7 @@ def trace_stage(
     n_vocabulary: int,
     shape: StepShape | None = None,
     bf16: bool = False,
+    rounding: Rounding = "nearest",
     device: Device = "cpu",
     points: Points | None = None,
     language: LossFunction = next_token_loss,
@@ -109,8 +111,8 @@ def trace_stage(
     meter = Meter(everything, device=device)
     by_formula = mode is not None and stage.spec.optimizer.name in FOREIGN
 
-    def element_bytes(tensor: str) -> int:
-        return anatomy.tensor[tensor].element_bytes
+    def stepped(tensor: str) -> int:
+        return stepped_bytes(anatomy.tensor[tensor].element_bytes, rounding)
 
     frontier = next(c.name for c, _ in stage.selection.by_component())
     watch = _Watch(meter, n_vocabulary, loss_of(stage, points, language))
@@ -119,7 +121,7 @@ def trace_stage(
     kernels = cuda_kernels() if device == "cuda" else nullcontext()
     with mode or nullcontext(), as_trained, kernels, watched_entry, meter:
         meter.numbers_only_scale = True
-        active = switch(parameters, anatomy, stage, memory={}, leaving=None)
+        active = switch(parameters, anatomy, stage, memory={}, leaving=None, rounding=rounding)
         meter.numbers_only_scale = False
         enter_routes(points, stage)
         set_modes(model, stage)
@@ -133,7 +135,7 @@ def trace_stage(
             meter.numbers_only_scale = True
             update(active, by_formula=by_formula)
             meter.numbers_only_scale = False
-        state = state_bytes(stage, element_bytes) if by_formula else _state_bytes(active)
+        state = state_bytes(stage, stepped) if by_formula else _state_bytes(active)
         copies = sum(o.value.nbytes for o in active.ownership.owned if o.is_copy)
         active.ownership.release()
         if points is not None:
@@ -249,9 +251,10 @@ def update(active: Active, *, by_formula: bool = False) -> None:
     """What training does between two backward passes; a foreign library's kernels cannot run without values."""
     active.ownership.clip(active.stage.spec.clip or math.inf)
     active.optimizer.set_rate(1.0)
-    if not by_formula:
-        active.optimizer.step()
-    active.ownership.write_back()
+    if by_formula:
+        active.ownership.write_back()
+    else:
+        active.update()
     active.optimizer.zero_grad()
 
 

@@ -112,8 +112,13 @@ class Recipe(Record):
     """A folder or hub name, or `{train: byte-bpe}`; the model's own, or a trained one from scratch, when left out."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """All randomness is a function of it: initial weights, order of the data, dropout."""
-    precision: Literal["fp32", "bf16-mixed"] = "fp32"
-    """`bf16-mixed`: fp32 weights and optimizer, matrix products in bf16 (autocast)."""
+    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+    """`bf16-mixed`: fp32 weights and optimizer, matrix products in bf16 (autocast). `bf16`: weights in bf16 too, in the
+    saved model as well; frozen parts cost 2 bytes a parameter."""
+    rounding: Literal["masters", "stochastic", "nearest"] | None = None
+    """How bf16 weights take updates, with `precision: bf16`. `masters` (when left out): the optimizer works on fp32
+    copies of what learns. `stochastic`: no copies; a step is computed in fp32 and rounded up or down by chance, so that
+    it is right on average. `nearest`: the optimizer works in bf16; small updates are lost, the share is measured."""
     recompute: Literal["off", "blocks"] = "off"
     """`blocks`: a block keeps only its input and is computed again for its backward pass (gradient checkpointing)."""
     loss: Literal["auto", "fused", "plain"] = "auto"
@@ -174,6 +179,12 @@ class Recipe(Record):
                 "a rollback goes back to a checkpoint of a fixed step, where a resumed run would go back to as well: "
                 "say how many steps lie between them, as in checkpoint: {every: 100}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_bf16_weights_are_rounded(self) -> Recipe:
+        if self.rounding is not None and self.precision != "bf16":
+            raise ValueError(f"rounding is of bf16 weights, and precision is {self.precision}: drop it, or say bf16")
         return self
 
     @model_validator(mode="after")
