@@ -7,7 +7,7 @@ so that in every stage a piece learns as a whole or not at all. Read `Recorder` 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Literal
 
