@@ -63,7 +63,7 @@ def main() -> None:
     rows = measure(asked)
     print(f"{'experts':>8} {'ms':>9} {'of all':>7} {'weight-gradient FLOPs':>22} {'of all':>7}")
     for row in rows:
-        share, flops = row.seconds / rows[0].seconds, row.weight_flops / rows[0].weight_flops
+        share, flops = row.seconds / rows[0].seconds, row.weight_flops / max(rows[0].weight_flops, 1)
         print(f"{row.learning:>8} {1e3 * row.seconds:>9.1f} {share:>7.2f} {row.weight_flops:>22.3e} {flops:>7.3f}")
 
 

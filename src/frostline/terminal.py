@@ -374,6 +374,7 @@ def _stage_line(event: StageStarted) -> str:
         f"  {stage.n_steps} steps{at_most}, {optimizer.name}, lr {_by_part(spec.lr)}, {decay}, "
         f"clip {spec.clip if spec.clip is not None else 'off'}"
         f"{', dropout off where nothing learns' if spec.frozen_dropout == 'off' else ''}{routes}{local}"
+        + "".join(f"\n  note: {note}" for note in event.notes)
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from all_types import small_model
 
 from frostline.anatomy import read_anatomy
+from frostline.engine.notes import learns_some_experts, notes_on
 from frostline.engine.stage_switch import switch
 from frostline.grouped import NAME, let_experts_learn, own_modules, use_own_experts
+from frostline.model import quiet_transformers
 from frostline.moe import find_sites
 from frostline.recipe import StageSpec
 from frostline.schedule import Schedule
@@ -177,3 +180,30 @@ def test_a_stage_limits_gradients_while_it_owns_and_no_longer():
     handle.remove()
     assert seen[0] == [2]
     assert len(seen[1]) > 1
+
+
+@pytest.mark.parametrize(
+    ("learn", "some"),
+    [
+        ("experts[1]", True),
+        ("layers[0].ffn.experts", False),
+        ("experts", False),
+        ("attn", False),
+        ("ffn - experts[0]", True),
+    ],
+)
+def test_it_is_known_whether_only_some_experts_of_a_layer_learn(learn, some):
+    spec = StageSpec(learn=learn, steps=1, lr=1.0)
+    stage = Schedule.of([("one", spec, select(tiny.anatomy("mixtral"), learn))]).stages[0]
+    assert learns_some_experts(stage) is some
+    assert notes_on(tiny.model("mixtral"), stage) == ()
+
+
+def test_a_type_that_computes_its_experts_itself_is_told_of():
+    with quiet_transformers():
+        model = small_model("llama4_text").float()
+    anatomy = read_anatomy(model)
+    spec = StageSpec(learn="experts[0]", steps=1, lr=1.0)
+    stage = Schedule.of([("one", spec, select(anatomy, spec.learn))]).stages[0]
+    (note,) = notes_on(model, stage)
+    assert note.startswith("llama4_text computes its experts in a way of its own")

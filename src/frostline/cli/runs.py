@@ -140,7 +140,10 @@ def apply(
 def _end_of_run(result: RunResult, console: Console, *, as_json: bool) -> NoReturn:
     """Say how a run ended, and exit accordingly."""
     from frostline.audit import audit_to_json
+    from frostline.experts import experts_of_run
+    from frostline.run_folder import RunFolder
     from frostline.terminal import print_audit
+    from frostline.terminal_moe import print_histories
     from frostline.terminal_plan import print_checks
 
     if as_json:
@@ -155,6 +158,8 @@ def _end_of_run(result: RunResult, console: Console, *, as_json: bool) -> NoRetu
     else:
         print_audit(console, result.audit)
         print_checks(console, result.checks)
+        if RunFolder(result.folder).load.exists():
+            print_histories(console, experts_of_run(result.folder))
         console.print(f"run folder: {result.folder}", soft_wrap=True, highlight=False)
     if result.state == "interrupted":
         typer.echo(

@@ -27,6 +27,8 @@ class StageStarted:
     n_restored: int
     """Owned leaves that continue with kept optimizer state."""
     n_owned: int
+    notes: tuple[str, ...] = ()
+    """What costs more than it looks like."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

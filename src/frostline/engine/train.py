@@ -31,6 +31,7 @@ from frostline.engine.events import (
 )
 from frostline.engine.flow import measure_flow
 from frostline.engine.nonfinite import find_nonfinite
+from frostline.engine.notes import notes_on
 from frostline.engine.record import Recorder, named_tensors
 from frostline.engine.rollback import Window, batch_of, is_spike, last_return, window_of
 from frostline.engine.rounding import Rounding
@@ -212,7 +213,8 @@ def train_loop(
                 set_modes(model, stage)
                 recorder.entry(stage)
                 n_owned = len(active.ownership.owned)
-                tell(StageStarted(stage=stage, n_restored=active.n_restored, n_owned=n_owned))
+                notes = notes_on(model, stage)
+                tell(StageStarted(stage=stage, n_restored=active.n_restored, n_owned=n_owned, notes=notes))
                 losses, recent = [], []
                 if done == 0:
                     measure(stage, done)
