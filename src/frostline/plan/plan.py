@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from frostline.engine.recompute import recompute_blocks
 from frostline.engine.rounding import Rounding
 from frostline.errors import FrostlineError, PlanError
 from frostline.model import Source, load_fake, untie
+from frostline.plan.alike import Build, Layout, builds, exchanged, layout
 from frostline.plan.meter import KINDS, Device
 from frostline.plan.shapes import StepShape
 from frostline.plan.trace import StageCost, trace_stage
@@ -154,17 +155,15 @@ def make_plan(
             mode=mode,
         )
 
-    stages: list[StagePlan] = []
-    traced: dict[object, StageCost] = {}
-    for stage in schedule.stages:
-        key = like(stage)  # repeated stages cost the same
-        if key not in traced:
-            with plan_errors(anatomy.model_type):
-                traced[key] = trace(stage, batching.shape)
-                if batching.largest is not None:
-                    traced[key] = _with_bytes_of(traced[key], trace(stage, batching.largest))
-        rows = schedule.step_size.n_rows if schedule.step_size else 0
-        stages.append(_stage_plan(stage, traced[key], n_tokens=round(rows * batching.tokens_per_row)))
+    def cost_of(stage: Stage) -> StageCost:
+        with plan_errors(anatomy.model_type):
+            cost = trace(stage, batching.shape)
+            return _with_bytes_of(cost, trace(stage, batching.largest)) if batching.largest is not None else cost
+
+    n_tokens = round((schedule.step_size.n_rows if schedule.step_size else 0) * batching.tokens_per_row)
+    types = getattr(model.config.get_text_config(), "layer_types", None)  # type: ignore[union-attr, operator]
+    costs = costs_of(schedule, cost_of, builds(anatomy, tuple(types) if types else None))
+    stages = [_stage_plan(s, c, n_tokens=n_tokens) for s, c in zip(schedule.stages, costs, strict=True)]
     return Plan(
         model_type=anatomy.model_type, n_parameters=anatomy.n_parameters, batching=batching, stages=tuple(stages)
     )
@@ -201,9 +200,33 @@ def plan_errors(model_type: str) -> Iterator[None]:
         ) from error
 
 
-def like(stage: Stage) -> str:
-    """Equal for stages whose steps cost the same."""
-    return stage.spec.model_copy(update={"name": None, "steps": None, "tokens": None, "epochs": 1.0}).model_dump_json()
+EXACT_TRACES = 8
+"""Up to so many different stages are traced each by itself; of more, those that are alike but for which of several
+equal layers learns are traced once."""
+
+
+def costs_of(
+    schedule: Schedule, trace: Callable[[Stage], StageCost], layers: tuple[Build, ...]
+) -> tuple[StageCost, ...]:
+    """The cost of every stage; equal stages are traced once."""
+    traced: dict[object, tuple[StageCost, Layout | None]] = {}
+    few = len({like(s) for s in schedule.stages}) <= EXACT_TRACES
+    out = []
+    for stage in schedule.stages:
+        exact = few or bool(stage.routes) or stage.spec.local_loss != "none"
+        found = None if exact else layout(stage, layers, like(stage, learn=False))
+        key = found.key if found else like(stage)
+        if key not in traced:
+            traced[key] = (trace(stage), found)
+        cost, of = traced[key]
+        out.append(exchanged(cost, of, found) if of and found else cost)
+    return tuple(out)
+
+
+def like(stage: Stage, *, learn: bool = True) -> str:
+    """Equal for stages whose steps cost the same; `learn`: what learns included."""
+    other = {"name": None, "steps": None, "tokens": None, "epochs": 1.0, **({} if learn else {"learn": ""})}
+    return stage.spec.model_copy(update=other).model_dump_json()
 
 
 def _stage_plan(stage: Stage, cost: StageCost, *, n_tokens: int) -> StagePlan:

@@ -1,0 +1,133 @@
+"""LISA and BAdam trained: memory as the papers say, by the bytes of the tensors that are alive, and every chosen layer
+moves."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from frostline import train
+from frostline.engine import RunStarted, StageStarted, StepDone
+from frostline.engine import train as loop
+from frostline.recipe import Recipe, recipe_from_dict
+from frostline.run_folder import RunFolder
+
+N_LAYERS = 6
+ADAM = 8
+"""Bytes of two fp32 moments per parameter."""
+
+
+def recipe_of(folder: Path, schedule: dict[str, Any], **changes: Any) -> Recipe:
+    values = tiny.recipe_dict(folder, eval={"batches": 1})
+    del values["stages"]
+    values["model"] |= {"num_hidden_layers": N_LAYERS, "tie_word_embeddings": False}
+    return recipe_from_dict({**values, "schedule": {"lr": 1e-3, **schedule}, **changes})
+
+
+LISA: dict[str, Any] = {"name": "lisa", "layers": 2, "every": 1, "steps": 6, "always": "embed | head | final_norm"}
+BADAM: dict[str, Any] = {"name": "badam", "every": 1, "steps": 7}
+
+
+def live_bytes() -> int:
+    """Bytes of the storages of all tensors that are alive in this process."""
+    storages = {}
+    for found in gc.get_objects():
+        if type(found) in (torch.Tensor, torch.nn.Parameter):
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class StateMeter:
+    """An observer: what is alive after every step beyond what was alive when the run began."""
+
+    def __init__(self) -> None:
+        self.start = 0
+        self.found: list[tuple[int, int, int]] = []
+        """(parameters that learn, leaves, bytes) after every step."""
+        self.n_owned = 0
+
+    def __call__(self, event: object) -> None:
+        match event:
+            case RunStarted():
+                gc.collect()
+                self.start = live_bytes()
+            case StageStarted():
+                self.n_owned = event.n_owned
+            case StepDone():
+                n = event.stage.selection.n_elements
+                self.found.append((n, self.n_owned, live_bytes() - self.start))
+
+
+@pytest.mark.parametrize("schedule", [LISA, BADAM], ids=["lisa", "badam"])
+def test_only_what_learns_now_has_optimizer_state_however_many_layers_have_learned(tmp_path: Path, schedule) -> None:
+    meter = StateMeter()
+    assert train(recipe_of(tmp_path, schedule), out=tmp_path / "run", observers=[meter]).audit.passed
+    assert len(meter.found) == schedule["steps"]
+    for n_learning, n_owned, found in meter.found:
+        counters = 4 * n_owned  # every leaf counts its steps
+        assert 0 <= found - (ADAM * n_learning + counters) <= 2048, "moments of what learns, and nothing of the rest"
+
+
+def test_offloading_holds_the_state_of_every_layer_that_has_learned(tmp_path: Path) -> None:
+    """What the test above would see if frozen layers kept their moments."""
+    meter = StateMeter()
+    schedule = BADAM | {"state": "offload"}
+    train(recipe_of(tmp_path, schedule), out=tmp_path / "run", observers=[meter])
+    per_layer = ADAM * meter.found[0][0]
+    held = [round(found / per_layer) for _, _, found in meter.found]
+    assert held == [1, 2, 3, 4, 5, 6, 6]
+
+
+@pytest.mark.parametrize("schedule", [LISA, BADAM], ids=["lisa", "badam"])
+def test_a_layer_that_is_chosen_later_moves_then_and_not_before(tmp_path: Path, schedule) -> None:
+    result = train(recipe_of(tmp_path, schedule), out=tmp_path / "run")
+    stages = RunFolder.open(tmp_path / "run").read_schedule()
+    assert result.audit.passed
+    chosen_later = set()
+    for stage in stages:
+        for i in range(N_LAYERS):
+            learns = any(f"layers.{i}." in s.tensor for s in stage.learning)
+            rows = [r for r in result.audit.rows if r.stage == stage.name and r.component.startswith(f"layers[{i}].")]
+            assert len(rows) == 9
+            assert all((r.bytes_changed > 0) == learns for r in rows)
+            if learns and stage.index:
+                chosen_later.add(i)
+    assert len(chosen_later) == N_LAYERS if schedule is BADAM else len(chosen_later) > 2
+
+
+def test_an_optimizer_made_once_for_the_first_draw_fails_the_audit(tmp_path: Path, monkeypatch) -> None:
+    """What other trainers have done: later layers got gradients and were in no optimizer."""
+    real, made = loop.switch, []
+
+    def switch(*args: Any, **kwargs: Any) -> Any:
+        active = real(*args, **kwargs)
+        made.append(active)
+        active.optimizer.step = made[0].optimizer.step
+        return active
+
+    monkeypatch.setattr(loop, "switch", switch)
+    result = train(recipe_of(tmp_path, BADAM | {"steps": 2}), out=tmp_path / "run")
+    assert not result.audit.passed
+    assert {r.verdict for r in result.audit.rows if r.stage == "block-2" and r.declared == "learns"} == {
+        "LEARNING BUT UNMOVED"
+    }
+
+
+def test_what_is_always_on_keeps_its_moments_while_drawn_layers_lose_theirs(tmp_path: Path) -> None:
+    restored: list[int] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, StageStarted):
+            restored.append(event.n_restored)
+
+    train(recipe_of(tmp_path, LISA | {"layers": 1, "seed": 1}), out=tmp_path / "run", observers=[note])
+    drawn = [s.learn for s in RunFolder.open(tmp_path / "run").read_schedule()]
+    assert restored[0] == 0
+    for before, after, n in zip(drawn, drawn[1:], restored[1:], strict=False):
+        assert n == (3 if before != after else 3 + 9), "embedding, head and norm; and a layer drawn twice in a row"
