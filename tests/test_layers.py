@@ -34,6 +34,7 @@ ROWS: dict[str, float] = {
     "learning": 7,
     "planning": 7.5,
     "scheduling": 7.5,
+    "lr_range": 7.5,
     "why": 7.6,
     "integrations": 7,
     "plan": 6,

@@ -180,8 +180,14 @@ def comparison_table(first: Selection, second: Selection) -> Group:
     return Group(Text(f"first:  {first}\nsecond: {second}\n{verdict}"), table)
 
 
+FEW_STAGES = 8
+"""So many stages have a column each; of more, what happened to a part is summed up."""
+
+
 def audit_table(audit: Audit) -> Table:
     """Parts by stages: what was asked and what happened."""
+    if len(audit.stages) > FEW_STAGES:
+        return _many_stages_table(audit)
     table = Table()
     table.add_column("part", overflow="fold")
     for stage in audit.stages:
@@ -194,6 +200,37 @@ def audit_table(audit: Audit) -> Table:
         columns = [[cells[name][stage] for name in group.names] for stage in audit.stages]
         table.add_row(group.title, *(_cell(rows) for rows in columns))
     return table
+
+
+def _many_stages_table(audit: Audit) -> Table:
+    """Parts, layers whose parts all fared alike as one, over all stages together."""
+    table = Table()
+    table.add_column("part", overflow="fold")
+    for column in ("learned in", "moved, per stage", "frozen in", "otherwise"):
+        table.add_column(column)
+    fates: dict[str, dict[str, list[Row]]] = {}
+    for row in audit.rows:
+        fates.setdefault(row.component.partition(".")[0], {}).setdefault(row.component, []).append(row)
+    for outer, parts in fates.items():
+        alike = len({tuple((r.declared, r.verdict) for r in rows) for rows in parts.values()}) == 1
+        together = {outer: [r for rows in parts.values() for r in rows]}
+        for name, found in (together if alike else parts).items():
+            table.add_row(name, *_summary_cells(found, len(audit.stages)))
+    return table
+
+
+def _summary_cells(rows: Sequence[Row], n_stages: int) -> Iterator[Text]:
+    """How often a part learned, how far it moved, how often it was frozen, and what else is said of it."""
+    learned = {r.stage for r in rows if r.declared != "frozen"}
+    moves = [r.relative_change for r in rows if r.verdict == "moved" and r.relative_change is not None]
+    other = Counter(r.verdict for r in rows if r.verdict not in ("moved", "unchanged"))
+    yield Text(f"{len(learned)} of {n_stages} stages" if learned else "no stage")
+    yield Text(format_changes(moves), style="green")
+    n_frozen = n_stages - len(learned)
+    intact = all(r.verdict in ("unchanged", "derived") for r in rows if r.declared == "frozen")
+    yield Text(f"{n_frozen}: 0 bytes changed" if n_frozen and intact else str(n_frozen or "–"), style="cyan")
+    bad = any(v in FAILED for v in other)
+    yield Text(", ".join(f"{v} ({n})" for v, n in other.items()), style="bold red" if bad else "yellow")
 
 
 def _cell(rows: Sequence[Row]) -> Text:

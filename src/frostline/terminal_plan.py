@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from frostline.folding import folded
-from frostline.plan import StageCheck, StageCost, StagePlan
+from frostline.plan import Plan, StageCheck, StageCost, StagePlan
 from frostline.planning import Alternative, Duration, Fit, Planned, Setting
 from frostline.units import format_bytes, format_count, format_duration, format_flops
 from frostline.why import Why
 
+FEW = 8
+"""So many stages are shown one by one; of more, those that cost the same are one row."""
 COST_COLUMNS = ("FLOPs per step", "× forward", "weights", "gradients", "state", "activations", "peak")
 
 
@@ -29,10 +31,8 @@ def print_plan(console: Console, planned: Planned) -> None:
         table.add_column(column, overflow="fold")
     for column in COST_COLUMNS:
         table.add_column(column, justify="right")
-    for s in plan.stages:
-        table.add_row(
-            s.name, f"{s.learn} ({format_count(s.n_learning)})", str(s.n_steps), s.cost.frontier, *_cost_cells(s.cost)
-        )
+    for row in _stage_rows(plan.stages):
+        table.add_row(*row)
     console.print(table)
     grown = max(s.cost.resident_bytes for s in plan.stages)
     resident = f" (a process grows by about {format_bytes(grown)})" if batching.device == "cpu" else ""
@@ -43,9 +43,12 @@ def print_plan(console: Console, planned: Planned) -> None:
         f"{format_bytes(plan.hashed_bytes)} to hash",
         highlight=False,
     )
-    for s in plan.stages:
+    if len(plan.stages) > 1:
+        console.print(_switch_line(plan), highlight=False)
+    for s in plan.stages if len(plan.stages) <= FEW else ():
         if s.cost.prefix_flops:
             console.print(_prefix_line(s), highlight=False)
+    for s in plan.stages:
         for part in folded(s.cost.unreached):
             console.print(f"stage {s.name}: {part} is to learn, and no gradient reaches it", highlight=False)
     if planned.duration:
@@ -58,6 +61,33 @@ def print_plan(console: Console, planned: Planned) -> None:
         console.print(_settings_table(planned.settings))
     if batching.device == "cuda":
         console.print("bytes for CUDA are by a table of its kernels; context and workspaces come on top", style="dim")
+
+
+def _stage_rows(stages: Sequence[StagePlan]) -> Iterator[tuple[str, ...]]:
+    """A row per stage; where there are many, one for all that cost the same."""
+    alike: dict[tuple[str, ...], list[StagePlan]] = {}
+    for s in stages:
+        cells = (str(s.n_steps), s.cost.frontier, *_cost_cells(s.cost))
+        alike.setdefault(cells if len(stages) > FEW else (s.name, *cells), []).append(s)
+    for cells, found in alike.items():
+        first, more = found[0], len(found) - 1
+        learns = f"{first.learn} ({format_count(first.n_learning)})"
+        selections = len({s.learn for s in found}) - 1
+        yield (
+            first.name + (f" and {more} more" if more else ""),
+            learns + (f"; {selections} other selection{'s' * (selections > 1)} alike" if selections else ""),
+            *cells[-2 - len(COST_COLUMNS) :],
+        )
+
+
+def _switch_line(plan: Plan) -> str:
+    """What it costs to go from one stage to the next, beside the optimizer that is made anew."""
+    written = [s.evidence_bytes for s in plan.stages[1:]]
+    entry = format_bytes(min(written)) + (f" to {format_bytes(max(written))}" if len(set(written)) > 1 else "")
+    return (
+        f"each of {len(plan.stages) - 1} switches hashes {format_bytes(plan.stages[0].cost.weight_bytes)} and writes "
+        f"{entry} of entry values, and a checkpoint of what has learned with its optimizer state"
+    )
 
 
 def _prefix_line(stage: StagePlan) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from frostline.expansion import AlwaysOn, always_on
+from frostline.lr_range import HOW, RangeTest
 from frostline.recipe.shipped import summary
 from frostline.run import Prepared
 from frostline.schedule.spectrum import Ranked
@@ -66,6 +68,38 @@ def ranking_table(ranking: Sequence[Ranked]) -> Table:
             cells.append(", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else ""))
         table.add_row(kind, *cells)
     return table
+
+
+def print_range_test(console: Console, test: RangeTest) -> None:
+    """What rates each part tolerates."""
+    console.print(
+        f"stage {test.stage}: {test.learn}; {test.optimizer}, {test.n_steps} rising rates; the recipe has "
+        f"{test.stage_lr:.3g}",
+        highlight=False,
+    )
+    table = Table()
+    for column in (
+        "part",
+        "parameters",
+        "loss at the start",
+        "lowest",
+        "at rate",
+        "steepest at",
+        "above the start from",
+    ):
+        table.add_column(column, justify="left" if column == "part" else "right", overflow="fold")
+    table.add_column("suggested", justify="right", style="bold")
+    for p in test.parts:
+        lowest = min((x for x in p.losses if math.isfinite(x)), default=math.nan)
+        shown = [f"{r:.1e}" if r is not None else "–" for r in (p.lowest_rate, p.steepest_rate, p.diverges_at)]
+        suggestion = f"{p.suggestion:.1e}" if p.suggestion is not None else "–"
+        table.add_row(p.part, format_count(p.n_elements), f"{p.start_loss:.4f}", f"{lowest:.4f}", *shown, suggestion)
+    console.print(table)
+    for p in test.parts:
+        if p.note:
+            console.print(f"{p.part}: {p.note}", highlight=False)
+    for line in (*test.notes, HOW):
+        console.print(line, highlight=False)
 
 
 def print_recipes(console: Console, recipes: dict[str, str]) -> None:

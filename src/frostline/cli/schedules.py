@@ -41,6 +41,51 @@ def schedule(
 
 @app.command()
 @errors_for_people
+def lr(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or a name of `frostline recipes`.", metavar="RECIPE")],
+    stage: Annotated[str, typer.Option(help="Which stage: its name, or its number from 0.")] = "0",
+    parts: Annotated[
+        list[str] | None, typer.Option("--parts", help="Test this of what the stage trains; repeat for more.")
+    ] = None,
+    low: Annotated[float, typer.Option("--from", help="The lowest rate.")] = 1e-6,
+    high: Annotated[float, typer.Option("--to", help="The highest rate.")] = 1.0,
+    steps: Annotated[int, typer.Option(help="Rates between them, one step each.", min=3, max=10_000)] = 40,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves: a .png or .svg file.", metavar="FILE")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Test which learning rates each part of a stage tolerates, and suggest one. Trains nothing for good."""
+    from frostline.experiment.lr_plot import check_plot, draw_range_test
+    from frostline.lr_range import range_test
+    from frostline.recipe import load_recipe
+    from frostline.terminal_schedule import print_range_test
+
+    if plot is not None:
+        check_plot(plot)
+    console = make_console(stderr=as_json)
+    found = range_test(
+        load_recipe(recipe, overrides=overrides or ()),
+        stage=stage,
+        parts=parts or (),
+        low=low,
+        high=high,
+        n_steps=steps,
+        trust_remote_code=trust_remote_code,
+        say=lambda part: console.print(f"testing {part} …", style="dim", highlight=False),
+    )
+    if plot is not None:
+        draw_range_test(found, plot)
+    if as_json:
+        print_json({"schema": 1, **found.to_json()})
+    else:
+        print_range_test(console, found)
+        if plot is not None:
+            console.print(f"plot: {plot}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@errors_for_people
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one.", metavar="NAME")] = None,
     as_json: AsJson = False,

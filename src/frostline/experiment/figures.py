@@ -118,6 +118,37 @@ def loss_curves(
         return to_svg(figure, description)
 
 
+COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Told apart by everyone (Okabe and Ito)."""
+
+
+def rate_curves(
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float], float | None]], start: float, *, title: str
+) -> Figure:
+    """Held-out loss over the learning rate, a line per part (name, rates, losses, suggestion); suggestions marked."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(start, color="#9aa7b4", lw=0.8, ls="--")
+        low = min((x for _, _, losses, _ in curves for x in losses if math.isfinite(x)), default=start)
+        room = max(start - low, 0.02 * start)
+        for i, (name, rates, losses, suggestion) in enumerate(curves):
+            color, shown = COLORS[i % len(COLORS)], [min(x, start + 3 * room) for x in losses]
+            label = f"{name}: {short(suggestion)}" if suggestion else f"{name}: none"
+            axes.plot(rates, shown, color=color, lw=1.4, label=label, ls="-" if i < len(COLORS) else ":")
+            if suggestion:
+                at = min(range(len(rates)), key=lambda k: abs(math.log(rates[k] / suggestion)))
+                axes.plot([rates[at]], [shown[at]], marker="o", ms=5, color=color)
+        axes.set_xscale("log")
+        axes.set_ylim(low - 0.1 * room, start + room)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("held-out loss (nats)")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.text(0.0, start, " at the start", color="#5c6a77", va="bottom", transform=axes.get_yaxis_transform())
+        axes.legend(frameon=False, title="suggested", alignment="left", fontsize=8.5)
+        return figure
+
+
 def to_svg(figure: Figure, description: str) -> str:
     """A figure as an `<svg>` element that names itself to screen readers and scales with its box."""
     stream = StringIO()
