@@ -58,8 +58,8 @@ def test_the_loss_at_a_rate_is_that_after_one_plain_step_of_torch(tmp_path: Path
     found = range_test(recipe, parts=["ffn.down"], low=0.5, high=0.6, n_steps=3)
     ready = make_ready(recipe)
     rows = ready.prepared
-    batch = lr_range.batches_of(recipe, rows.train_rows, ready.device)(0, rows.schedule.stages[0])[0]
-    held_out = lr_range.held_out_batches(recipe, rows.held_out_rows, ready.device)[0]
+    batch = lr_range.batches_of(recipe, rows.feed.train, ready.device)(0, rows.schedule.stages[0])[0]
+    held_out = lr_range.held_out_batches(recipe, rows.feed.held_out, ready.device)[0]
 
     def loss(b: Any) -> torch.Tensor:
         logits = ready.model(input_ids=b.input_ids).logits

@@ -175,8 +175,8 @@ class _Bench:
         recipe = prepared.recipe
         self.ready, self.stage, self.model = ready, stage, ready.model
         self.settings = loop_settings(ready)
-        self.batches = batches_of(recipe, prepared.train_rows, ready.device)
-        self.held_out = held_out_batches(recipe, prepared.held_out_rows, ready.device)[:n_batches]
+        self.batches = batches_of(recipe, prepared.feed.train, ready.device)
+        self.held_out = held_out_batches(recipe, prepared.feed.held_out, ready.device)[:n_batches]
         self.hashes = {name: fingerprint(t) for name, t in self._tensors().items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
