@@ -203,7 +203,8 @@ class _Bench:
     def _climb(self, stage: Stage, rates: Sequence[float]) -> Iterator[tuple[float, float]]:
         """(rate, held-out loss after a step at it), from fresh optimizer state."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        active = switch(parameters, stage.selection.anatomy, stage, memory={}, leaving=None)
+        rounding = self.settings.rounding
+        active = switch(parameters, stage.selection.anatomy, stage, memory={}, leaving=None, rounding=rounding)
         enter_routes(self.ready.points, stage)
         objective: LossFunction = loss_of(stage, self.ready.points, self.ready.loss)
         device, bf16, seed = self.settings.device, self.settings.bf16, self.settings.seed
@@ -218,8 +219,7 @@ class _Bench:
                     return
                 active.ownership.scale(stage.spec.clip or math.inf, norm)
                 active.optimizer.set_rate(rate)
-                active.optimizer.step()
-                active.ownership.write_back()
+                active.update(seed=derive_seed(seed, "update", i))
                 active.optimizer.zero_grad()
                 yield rate, self._held_out()
         finally:
