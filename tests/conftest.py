@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "0"  # before torch is imported: threads that wait do not spin
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["FROSTLINE_CACHE"] = tempfile.mkdtemp(prefix="frostline-tests-")
 sys.path.insert(0, str(Path(__file__).parent))

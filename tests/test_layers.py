@@ -30,6 +30,7 @@ ROWS: dict[str, float] = {
     "saver": 6,
     "feed": 6.2,
     "expansion": 6,
+    "levers": 6.5,
     "run": 7,
     "learning": 7,
     "planning": 7.5,

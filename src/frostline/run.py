@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from frostline.engine import (
     LossFunction,
     Observer,
     Points,
+    PrefixCache,
     check_installed,
     choose_loss,
     loss_of,
@@ -52,6 +53,7 @@ from frostline.errors import (
 )
 from frostline.expansion import Expansion, expand, named_in
 from frostline.feed import Feed, batches_of, fit_attention, get_tokenizer, held_out_batches, make_feed, step_shapes
+from frostline.levers import prefix_cache_of, sayer
 from frostline.measuring import choose
 from frostline.model import load_model, load_skeleton, save_model, untie
 from frostline.plan import (
@@ -172,18 +174,30 @@ def carry_out(
 ) -> RunResult:
     """Train, from the start or from a state, and audit. The folder is locked by the caller."""
     prepared, model, recipe = ready.prepared, ready.model, ready.prepared.recipe
-    meters = StepMeters(model)
+    batches = batches_of(recipe, prepared.feed.train, ready.device)
+    cache = prefix_cache_of(
+        recipe,
+        model,
+        prepared.anatomy,
+        prepared.schedule,
+        ready.plan,
+        device=ready.device,
+        n_rows=len(prepared.feed.train),
+        batches=batches,
+        say=sayer(folder, observers),
+    )
+    meters = StepMeters(model, around=cache.bypassed)
     checkpoints = Checkpoints(folder.checkpoints, run=run_name(folder))
     saver = Saver(checkpoints, recipe, saved=resumed.step if resumed else None)
-    settings = loop_settings(ready)
+    settings = loop_settings(ready, cache)
     balanced = any(s.spec.moe for s in prepared.schedule.stages)
-    with stop_on_signal() as stop, log_load(model, prepared.anatomy, folder, wanted=balanced) as logs:
+    with closing(cache), stop_on_signal() as stop, log_load(model, prepared.anatomy, folder, wanted=balanced) as logs:
         try:
             done = train_loop(
                 model,
                 prepared.anatomy,
                 prepared.schedule,
-                batches_of(recipe, prepared.feed.train, ready.device),
+                batches,
                 ready.loss,
                 folder=folder,
                 settings=replace(settings, watch=meters if ready.plan else None, save=saver, go_back=saver.go_back),
@@ -437,7 +451,7 @@ def choose_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if has_cuda and recipe.device != "cpu" else "cpu")
 
 
-def loop_settings(ready: Ready) -> LoopSettings:
+def loop_settings(ready: Ready, cache: PrefixCache) -> LoopSettings:
     """The recipe's settings that hold for all stages."""
     recipe, points = ready.prepared.recipe, ready.points
     return LoopSettings(
@@ -445,7 +459,7 @@ def loop_settings(ready: Ready) -> LoopSettings:
         skip_limit=recipe.nonfinite.limit if recipe.nonfinite.policy == "skip" else 0,
         spike=recipe.spike,
         flow_every=recipe.evidence.flow_every or FLOW_EVERY if points else None,
-        loss_of=lambda stage: loss_of(stage, points, ready.loss),
+        loss_of=lambda stage: loss_of(stage, points, cache.language(stage, ready.loss)),
         seed=recipe.seed,
         bf16=recipe.precision == "bf16-mixed",
         rounding=recipe.rounding or "masters",

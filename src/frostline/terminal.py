@@ -16,7 +16,7 @@ from rich.text import Text
 
 from frostline.anatomy import Anatomy, Proof, SliceProof, parse_path
 from frostline.audit import FAILED, Audit, Diff, Row
-from frostline.engine import Evaluated, Event, Noted, RolledBack, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.engine import Chose, Evaluated, Event, Noted, RolledBack, RunStarted, StageEnded, StageStarted, StepDone
 from frostline.experiment.bench import Claims
 from frostline.experiment.demo import Demo
 from frostline.folding import Fold, fold
@@ -382,6 +382,9 @@ class ProgressLines:
                 self.console.print(f"  step {event.step:>5}  held-out loss {event.held_out_loss:.4f}", highlight=False)
             case Noted():
                 self.console.print(event.text, style="yellow" if event.is_warning else None, highlight=False)
+            case Chose():
+                line = f"  {event.setting}: {event.value} ({event.why})"
+                self.console.print(line, highlight=False, soft_wrap=True, markup=False)
             case StageEnded():
                 self.console.print(_ended_line(event, self.seconds), highlight=False)
                 self.n_steps -= event.n_skipped

@@ -2,8 +2,8 @@
 
 `python kill_driver.py FOLDER`, then JSON lines `{"name", "recipe", "kills": [...], "spoil": [...]}` on its input. A
 kill is `{"after_step": k}`, `{"evaluated_at": k}`, `{"rolled_back": true}`, or `{"at": point}` inside a write of a
-checkpoint, each with `"count": n` for the n-th time that this happens; `{"stop_after_step": k}` is a SIGTERM, after
-which the run saves. `spoil`: batches whose loss is NaN. Prints, per trial, the files that differ from those of the run
+checkpoint or of a prefix cache, each with `"count": n` for the n-th time that this happens; `{"stop_after_step": k}` is a SIGTERM, after
+which the run saves. A trial begins with an empty cache. `spoil`: batches whose loss is NaN. Prints, per trial, the files that differ from those of the run
 without kills.
 """
 
@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import torch
 
 from frostline import checkpoints, train
 from frostline import run as running
-from frostline.engine import Evaluated, RolledBack, StepDone, next_token_loss
+from frostline.engine import Evaluated, RolledBack, StepDone, next_token_loss, prefix_store
 from frostline.recipe import recipe_from_dict
 from frostline.resume import resume
 
@@ -111,12 +112,14 @@ def finished(folder: Path) -> bool:
 
 def trial(folder: Path, plan: dict[str, Any], kills: list[dict[str, Any]]) -> list[int]:
     """The wait statuses of a run with `kills`, the last one that of the resume that ends it."""
-    statuses = []
+    statuses: list[int] = []
+    if "cache" in plan["recipe"]:
+        shutil.rmtree(plan["recipe"]["cache"]["dir"])
     for wanted in [*kills, {}]:
         killer = Killer(wanted)
 
         def work(first: bool = not statuses, killer: Killer = killer) -> None:
-            checkpoints.reached = killer.reached
+            checkpoints.reached = prefix_store.reached = killer.reached
             spoil(plan.get("spoil", []))
             if first:
                 train(recipe_from_dict(plan["recipe"]), out=folder, observers=[killer])
@@ -131,6 +134,7 @@ def trial(folder: Path, plan: dict[str, Any], kills: list[dict[str, Any]]) -> li
 
 def main() -> None:
     torch.set_num_threads(1)
+    prefix_store.COMMIT_BYTES = 1
     running.plan_of = lambda *_, **__: None  # plans take most of a trial's time, and train nothing
     root = Path(sys.argv[1])
     whole: dict[str, dict[str, str]] = {}

@@ -88,6 +88,20 @@ def test_every_optimizers_state_survives(tmp_path: Path, optimizer: str) -> None
     check(run_trials(tmp_path, trials), trials)
 
 
+def test_killed_while_the_prefix_cache_fills_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    stages = [
+        {"name": "last", "learn": "layers[-1]", "steps": 6, "lr": 3e-3, "accumulate": 2},
+        {"name": "head", "learn": "layers[-1] | head", "steps": 4, "lr": 3e-3, "accumulate": 2},
+    ]
+    cache = {"prefix": "on", "dir": str(tmp_path / "cache"), "limit": "1GB"}
+    data = recipe(tmp_path, stages=stages, cache=cache)
+    data["data"] = {**data["data"], "held_out": 0.85}  # few rows: they come again
+    kills = [[{"at": "rows synced", "count": 2}],
+             [{"at": "entries synced", "count": 3}, {"at": "rows synced", "count": 1}, {"after_step": 8}]]  # fmt: skip
+    trials = [{"name": f"filling-{i}", "recipe": data, "kills": k} for i, k in enumerate(kills)]
+    check(run_trials(tmp_path, trials), trials)
+
+
 def test_routes_recomputation_and_bf16_survive(tmp_path: Path) -> None:
     stages = [
         {"name": "a", "learn": "all", "steps": 4, "lr": 3e-3, "routes": [{"stop": "attn.out", "layers": "1:"}]},

@@ -1,6 +1,7 @@
 """The engine: exact execution of a schedule, and the evidence of it. Read `train.py`, then `owned.py`."""
 
 from frostline.engine.events import (
+    Chose,
     Evaluated,
     Event,
     Noted,
@@ -15,11 +16,13 @@ from frostline.engine.fused_loss import Chosen, How, choose_loss
 from frostline.engine.loss import loss_of, next_token_loss
 from frostline.engine.optimizers import check_installed
 from frostline.engine.place import place
+from frostline.engine.prefix_cache import PrefixCache, PrefixSettings
 from frostline.engine.routes import Points, set_routes
 from frostline.engine.step import LossFunction, StepRecord, step
 from frostline.engine.train import LoopResult, LoopSettings, train_loop
 
 __all__ = [
+    "Chose",
     "Chosen",
     "Evaluated",
     "Event",
@@ -30,6 +33,8 @@ __all__ = [
     "Noted",
     "Observer",
     "Points",
+    "PrefixCache",
+    "PrefixSettings",
     "RolledBack",
     "RunStarted",
     "StageEnded",

@@ -73,6 +73,16 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Chose:
+    """A setting was settled, by the recipe or by what the plan says."""
+
+    setting: str
+    """Its key in the recipe."""
+    value: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageEnded:
     """After a stage's last step."""
 
@@ -116,5 +126,5 @@ class Noted:
     is_warning: bool = False
 
 
-Event = RunStarted | StageStarted | StepDone | RolledBack | Evaluated | Measured | StageEnded | Noted
+Event = RunStarted | StageStarted | StepDone | RolledBack | Evaluated | Measured | Chose | StageEnded | Noted
 Observer = Callable[[Event], None]

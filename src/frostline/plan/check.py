@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,8 +40,9 @@ class StageCheck:
 class StepMeters:
     """Meters one step of each stage; given to the training loop, which knows no plan."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, *, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """`around`: what a metered step is computed in, such as a cache that stands aside."""
+        self.model, self.around = model, around
         self.measured: dict[int, tuple[int, int]] = {}
         """Stage index → FLOPs and the peak of live tensor bytes."""
 
@@ -59,7 +60,7 @@ class StepMeters:
         meter = Meter(tensors, device="cuda" if on_cuda else "cpu")
         meter.adopt(_held(active))
         try:
-            with meter:
+            with self.around(), meter:
                 yield
         except PlanError:  # an operation without a formula: the plan has failed on it already, the run need not
             return

@@ -12,6 +12,7 @@ from frostline.recipe.load import load_recipe, recipe_from_dict, with_stages
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.moe_spec import MoeSpec
 from frostline.recipe.recipe import (
+    CacheSpec,
     CheckpointSpec,
     EvalSpec,
     EvidenceSpec,
@@ -30,6 +31,7 @@ from frostline.recipe.stage_spec import OptimizerSpec, PlateauSpec, StageSpec
 from frostline.recipe.yaml_text import dump_yaml
 
 __all__ = [
+    "CacheSpec",
     "CheckpointSpec",
     "DataSpec",
     "DurationSpec",

@@ -13,6 +13,7 @@ from frostline.recipe.data_spec import DataSpec, SourceSpec
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.moe_spec import MoeSpec
 from frostline.recipe.recipe import (
+    CacheSpec,
     CheckpointSpec,
     EvalSpec,
     EvidenceSpec,
@@ -42,6 +43,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`nonfinite:`", NonFiniteSpec),
     ("`spike:`", SpikeSpec),
     ("`checkpoint:`", CheckpointSpec),
+    ("`cache:`", CacheSpec),
     ("`evidence:`", EvidenceSpec),
 )
 

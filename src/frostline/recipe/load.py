@@ -36,7 +36,12 @@ _TAGS: dict[tuple[str, ...], tuple[str, ...]] = {
 MAX_STAGES = 10_000
 """Stages of one run, repeated ones counted as often as they run."""
 _FOLDERS_OR_HUB_NAMES: tuple[tuple[str, ...], ...] = (("model",), ("tokenizer",))
-_PATHS: tuple[tuple[str, ...], ...] = (("data", "train"), ("data", "held_out"), ("data", "chat_template"))
+_PATHS: tuple[tuple[str, ...], ...] = (
+    ("data", "train"),
+    ("data", "held_out"),
+    ("data", "chat_template"),
+    ("cache", "dir"),
+)
 
 
 def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic.types import Strict
 
 from frostline.recipe.base import Record
@@ -14,6 +14,7 @@ from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.schedule_spec import ScheduleSpec
 from frostline.recipe.stage_spec import StageSpec
 from frostline.secrecy import find_secret
+from frostline.units import parse_bytes
 
 
 def _name_or_record(value: object) -> str:
@@ -78,6 +79,29 @@ class SpikeSpec(Record):
     """At most so many times in all a run goes back; the next one halts it."""
 
 
+class CacheSpec(Record):
+    """What the frozen blocks below everything that learns give for a row is computed once and read in later epochs and
+    later runs, where that is the same to the bit."""
+
+    prefix: Literal["auto", "on", "off"] = "auto"
+    """`auto`: where it is exact and pays. `on`: wherever it is exact."""
+    dir: str | None = None
+    """Where it is kept; `$FROSTLINE_CACHE` or `~/.cache/frostline` when left out. Safe to delete."""
+    limit: str = "10GB"
+    """All of it holds at most so much: what was used longest ago goes first."""
+
+    @field_validator("limit")
+    @classmethod
+    def _a_size(cls, value: str) -> str:
+        parse_bytes(value)
+        return value
+
+    @property
+    def limit_bytes(self) -> int:
+        """The limit as a number."""
+        return parse_bytes(self.limit)
+
+
 class EvidenceSpec(Record):
     """What is recorded for the audit beside the hashes, which are always recorded."""
 
@@ -136,6 +160,8 @@ class Recipe(Record):
     """Losses that jump: `{factor: 2, window: 20, policy: warn}`; nothing is looked for when left out."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """Where the run can go on from."""
+    cache: CacheSpec = CacheSpec()
+    """The frozen blocks, computed once."""
     evidence: EvidenceSpec = EvidenceSpec()
     """Records for the audit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

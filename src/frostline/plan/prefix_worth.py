@@ -1,0 +1,47 @@
+"""Whether keeping what the frozen prefix gives pays, by the plan. Read `why_not_worth`."""
+
+from __future__ import annotations
+
+from frostline.plan.plan import Plan
+from frostline.schedule import Schedule, Stage
+
+RATES = {"cpu": (1.5e11, 1.5e9), "cuda": (2e14, 3e9)}
+"""Device → FLOPs per second of products, and bytes per second that rows are read and checked at; rough, and enough to
+tell a block of a small model, which is read no faster than computed, from the rest."""
+STEP_SECONDS = 1e-3
+"""What looking up the rows of a step takes, whatever their size."""
+LEAST = 0.05
+"""The share of a stage's time that has to be saved."""
+
+
+def why_not_worth(plan: Plan | None, schedule: Schedule, stage: Stage) -> str | None:
+    """Why a stage's frozen prefix is not kept; None where that pays."""
+    if plan is None or schedule.step_size is None:
+        return "this model cannot be planned, so what it would save is not known (`cache: {prefix: on}` keeps it)"
+    cost = plan.stages[stage.index].cost
+    if not cost.prefix_flops:
+        return "nothing is computed below what learns"
+    size = schedule.step_size
+    n_steps = _steps_alike(plan, schedule, stage)
+    once = -(-size.n_rows // size.rows)
+    again = n_steps - once
+    if again <= 0:
+        return f"no row comes again ({n_steps} steps, an epoch has {once})"
+    flops_per_s, bytes_per_s = RATES[plan.batching.device]
+    step = cost.total_flops / flops_per_s
+    moved = cost.prefix_bytes_per_token * plan.batching.tokens / bytes_per_s
+    saved = again * (cost.prefix_flops / flops_per_s - moved - STEP_SECONDS) - once * moved
+    if saved < LEAST * n_steps * step:
+        return f"it would save about {max(saved / (n_steps * step), 0):.0%} of the stage"
+    return None
+
+
+def _steps_alike(plan: Plan, schedule: Schedule, stage: Stage) -> int:
+    """Steps of the stage and of those right after it that have the same prefix."""
+    n = 0
+    for later in schedule.stages[stage.index :]:
+        same = plan.stages[later.index].cost.prefix_flops == plan.stages[stage.index].cost.prefix_flops
+        if not same or later.spec.accumulate != stage.spec.accumulate:
+            break
+        n += later.n_steps
+    return n
