@@ -18,7 +18,7 @@ from frostline.data import Batch
 from frostline.engine import Chose, Observer, PrefixCache, PrefixSettings
 from frostline.environment import describe_environment
 from frostline.plan import Plan, why_not_worth
-from frostline.recipe import Recipe
+from frostline.recipe import Recipe, data_paths
 from frostline.run_folder import RunFolder
 from frostline.schedule import Schedule, Stage
 
@@ -34,6 +34,9 @@ MATTERS = (
     "cuda_matmul_allow_tf32",
 )
 """What of the environment may change the bits of an activation."""
+
+PATHS = ("train", "held_out", "chat_template")
+"""Settings of the data that say where it is: what is there has hashes."""
 
 
 def prefix_cache_of(
@@ -51,13 +54,12 @@ def prefix_cache_of(
     """The cache of a run's frozen prefix, as its recipe wants it. `say`: told (setting, value, why)."""
 
     def depends_on() -> Mapping[str, Any]:
-        held_out = recipe.data.held_out if isinstance(recipe.data.held_out, tuple) else ()
-        found = describe_environment(device=device, data=(*recipe.data.train, *held_out), base=None)
+        found = describe_environment(device=device, data=data_paths(recipe.data), base=None)
         return {
             **{key: found[key] for key in MATTERS},
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "data": [row["sha256"] for row in found["data"]],
-            "data settings": recipe.as_dict()["data"] | {"train": None, "held_out": str(recipe.data.held_out)},
+            "data settings": {k: v for k, v in recipe.as_dict()["data"].items() if k not in PATHS},
         }
 
     settings = PrefixSettings(

@@ -2,9 +2,9 @@
 
 `python kill_driver.py FOLDER`, then JSON lines `{"name", "recipe", "kills": [...], "spoil": [...]}` on its input. A
 kill is `{"after_step": k}`, `{"evaluated_at": k}`, `{"rolled_back": true}`, or `{"at": point}` inside a write of a
-checkpoint or of a prefix cache, each with `"count": n` for the n-th time that this happens; `{"stop_after_step": k}` is a SIGTERM, after
-which the run saves. A trial begins with an empty cache. `spoil`: batches whose loss is NaN. Prints, per trial, the files that differ from those of the run
-without kills.
+checkpoint or of a prefix cache, each with `"count": n` for the n-th time that this happens; `{"stop_after_step": k}` is
+a SIGTERM, after which the run saves. `spoil`: batches whose loss is NaN. A trial begins with an empty prefix cache.
+Prints, per trial, the files that differ from those of the run without kills.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def trial(folder: Path, plan: dict[str, Any], kills: list[dict[str, Any]]) -> li
     """The wait statuses of a run with `kills`, the last one that of the resume that ends it."""
     statuses: list[int] = []
     if "cache" in plan["recipe"]:
-        shutil.rmtree(plan["recipe"]["cache"]["dir"])
+        shutil.rmtree(plan["recipe"]["cache"]["dir"], ignore_errors=True)
     for wanted in [*kills, {}]:
         killer = Killer(wanted)
 
