@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
 
+import torch
+
 from frostline.anatomy import Anatomy, read_anatomy
-from frostline.data import Rows, encode, read_documents
+from frostline.data import Rows, read_examples
 from frostline.errors import DataError, ModelError
 from frostline.model import load_model, load_tokenizer
 from frostline.moe import SiteHistory, Usage, histories, measure_usage, read_esft, scores_of
+from frostline.recipe import DataSpec
 from frostline.run_folder import RunFolder, checkpoint_of, damaged_records
 from frostline.selection import needs, plain
 
@@ -32,7 +36,9 @@ def experts_on(
     loaded = load_model(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     n_vocabulary = loaded.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    text = Rows(encode(read_documents(files), tokenizer, n_vocabulary=n_vocabulary), length)
+    examples = read_examples(DataSpec(train=("any",)), files, tokenizer, n_vocabulary=n_vocabulary)
+    ids = list(islice(chain.from_iterable(e.ids for e in examples), max(n_tokens, length) + 1))
+    text = Rows(torch.tensor(ids, dtype=torch.int32), length)
     n = min(len(text), max(n_tokens // length, 1))
     if not n:
         raise DataError(f"too little text: {', '.join(map(str, files))} gives less than one row of {length} tokens")

@@ -11,12 +11,13 @@ from frostline.anatomy import fingerprint, take
 from frostline.checkpoints import Checkpoint, Checkpoints, Rejected
 from frostline.choices import FILE as CHOICE
 from frostline.choices import read_choice, wants_measurement
+from frostline.data import files_to_hash
 from frostline.engine import Observer
 from frostline.engine.record import cut_pieces, named_tensors
 from frostline.engine.run_state import RunState, from_files
 from frostline.environment import describe_environment
 from frostline.errors import RunFolderError
-from frostline.recipe import Recipe, data_paths, keys_of, load_recipe
+from frostline.recipe import Recipe, keys_of, load_recipe
 from frostline.run import Ready, RunResult, carry_out, choose_device, make_ready, run_name
 from frostline.run_folder import RunFolder, damaged_records
 
@@ -126,7 +127,7 @@ def _differences(folder: RunFolder, recipe: Recipe) -> list[str]:
     """What of software, machine and data is not as it was, as `what: old → new`."""
     then = folder.read_json("environment.json")
     base = recipe.model if isinstance(recipe.model, str) else None
-    now = describe_environment(device=choose_device(recipe), data=data_paths(recipe.data), base=base)
+    now = describe_environment(device=choose_device(recipe), data=files_to_hash(recipe.data), base=base)
     out = []
     for key in MATTERS:
         old, new = _flat(key, then.get(key)), _flat(key, now.get(key))

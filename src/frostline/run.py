@@ -23,6 +23,7 @@ from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.checkpoints import Checkpoints
 from frostline.choices import Choice, make_choice, write_choice
+from frostline.data import files_to_hash
 from frostline.dtypes import dtype_note, weights_dtype
 from frostline.engine import (
     LoopSettings,
@@ -67,7 +68,7 @@ from frostline.plan import (
     plan_to_json,
     points_for,
 )
-from frostline.recipe import Recipe, ScratchModel, data_paths, dump_yaml, load_recipe, stage_name
+from frostline.recipe import Recipe, ScratchModel, dump_yaml, load_recipe, stage_name
 from frostline.run_folder import RunFolder, State, storage_errors, write_text
 from frostline.saver import Saver
 from frostline.schedule import Schedule, StepSize, make_groups
@@ -437,7 +438,7 @@ def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
         {
             "run": uuid4().hex,
             "rows": prepared.feed.to_json(),
-            **describe_environment(device=choose_device(recipe), data=data_paths(recipe.data), base=base),
+            **describe_environment(device=choose_device(recipe), data=files_to_hash(recipe.data), base=base),
         },
     )
     return folder

@@ -14,7 +14,7 @@ from chats import shown
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frostline.data import Document, Tally, read_examples, train_byte_bpe
+from frostline.data import Document, Tally, files_to_hash, read_examples, train_byte_bpe
 from frostline.data.sources import texts_of
 from frostline.errors import DataError
 from frostline.recipe import DataSpec, SourceSpec
@@ -444,3 +444,61 @@ def test_everything_written_is_there_to_train_a_tokenizer(tmp_path):
     tokens = jsonl(tmp_path / "d.jsonl", [{"input_ids": [1, 2]}])
     with pytest.raises(DataError, match="no tokenizer can be trained on tokens"):
         list(texts_of(spec, [tokens]))
+
+
+def test_what_decides_the_data_is_hashed_downloads_and_chat_template_too(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    file = as_jsonl(tmp_path, [{"text": "the river"}])
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "kept")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(tmp_path / "kept"))
+    spec = DataSpec(train=(str(file), "owner/name"), held_out=(str(file),), chat_template="chat.jinja")
+    found = files_to_hash(spec)
+    assert found[0] == str(file)
+    assert found[1].startswith(str(tmp_path / "kept"))
+    assert found[1].endswith(".arrow")
+    assert found[2:] == ("chat.jinja",)
+
+
+def test_a_text_of_one_token_is_an_example_without_a_target_of_its_own(tmp_path):
+    letters = train_byte_bpe([Document("ab " * 50, "x")], n_vocabulary=257)
+    letters.eos_token = None
+    (example,) = read(as_jsonl(tmp_path, [{"text": "a"}]), letters)
+    assert (len(example.ids), example.learns.tolist(), example.n_bytes) == (1, [False], 0)
+    assert "nothing to learn" in refused(as_jsonl(tmp_path, [{"prompt": "", "completion": "a"}]), letters)
+
+
+def test_without_an_end_token_texts_have_no_end_and_that_is_said(tmp_path):
+    from frostline.survey import survey
+
+    letters = train_byte_bpe([Document("ab " * 50, "x")], n_vocabulary=257)
+    letters.eos_token = None
+    file = as_jsonl(tmp_path, [{"text": "ab"}])
+    (example,) = read(file, letters)
+    assert letters.decode(example.ids) == "ab"
+    letters.save_pretrained(tmp_path / "letters")
+    (tmp_path / "letters" / "config.json").write_text('{"model_type": "llama"}')
+    found = survey(DataSpec(train=(str(file),)), tokenizer=str(tmp_path / "letters"))
+    assert any("no end token" in note for note in found.notes)
+
+
+def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient_that_is_not_finite():
+    import tiny
+    import torch
+
+    from frostline.data import Batch
+    from frostline.engine import next_token_loss, step
+
+    model = tiny.model("llama")
+    ids = torch.arange(8).reshape(1, 8)
+    empty = Batch(input_ids=ids, labels=torch.full((1, 8), -100))
+    full = Batch(input_ids=ids, labels=ids)
+    assert float(next_token_loss(model, empty).detach()) == 0.0
+    kept = {"seed": 0, "device": torch.device("cpu")}
+    assert float(step(model, [empty], next_token_loss, **kept).loss) == 0.0
+    model.zero_grad()
+    step(model, [empty, full], next_token_loss, **kept)
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    step(model, [full], next_token_loss, **kept)
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))

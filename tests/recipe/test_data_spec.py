@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from frostline.errors import RecipeError
-from frostline.recipe import SourceSpec, data_paths, dump_yaml, load_recipe, source_names, source_of
+from frostline.recipe import SourceSpec, data_sources, dump_yaml, load_recipe, source_names, source_of
 
 RECIPE = """model: {architecture: llama}
 data:
@@ -31,7 +31,7 @@ def test_a_source_has_settings_of_its_own_and_its_path_is_relative_to_the_recipe
     assert data.train == (f"{tmp_path}/a.jsonl", SourceSpec(path=f"{tmp_path}/b.csv", weight=2, format="prompt"))
     assert data.train[1].weight == 2.0
     assert source_of(data.train[0]) == SourceSpec(path=f"{tmp_path}/a.jsonl")
-    assert data_paths(data) == (f"{tmp_path}/a.jsonl", f"{tmp_path}/b.csv", f"{tmp_path}/later.jsonl")
+    assert [s.path for s in data_sources(data)] == [f"{tmp_path}/{n}" for n in ("a.jsonl", "b.csv", "later.jsonl")]
     assert source_names(data.train) == f"{tmp_path}/a.jsonl, {tmp_path}/b.csv"
 
 
@@ -50,7 +50,6 @@ def test_a_hub_name_stays_one_unless_such_a_folder_exists(tmp_path):
 def test_the_chat_template_is_a_path_and_belongs_to_the_data(tmp_path):
     data = load(tmp_path, "a.jsonl", "data.chat_template=chat.jinja")
     assert data.chat_template.endswith("/chat.jinja")
-    assert data_paths(data)[-1] == data.chat_template
 
 
 def test_settings_of_sources_can_be_overridden(tmp_path, monkeypatch):

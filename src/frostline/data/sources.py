@@ -21,12 +21,24 @@ from frostline.data.files import (
 )
 from frostline.data.formats import Pair, Shape, detect, shape, with_columns
 from frostline.data.messages import Conversation
-from frostline.data.stored import hub_rows
+from frostline.data.stored import hub_files, hub_rows
 from frostline.data.text import Document
 from frostline.errors import DataError
 from frostline.randomness import derive_seed
-from frostline.recipe import DataSpec, SourceSpec, source_of
+from frostline.recipe import DataSpec, SourceSpec, data_sources, source_of
 from frostline.recipe.data_spec import is_hub_name
+
+
+def files_to_hash(spec: DataSpec) -> tuple[str, ...]:
+    """Every file or folder that decides what the data are, chat template included; of hub datasets the downloads."""
+    paths: list[str] = []
+    for source in data_sources(spec):
+        if not Path(source.path).exists() and is_hub_name(source.path):
+            paths += hub_files(source.path, split=source.split, subset=source.subset, revision=source.revision)
+        else:
+            paths.append(source.path)
+    return tuple(dict.fromkeys([*paths, *([spec.chat_template] if spec.chat_template else [])]))
+
 
 SHOWN = 20
 """Of what was dropped, so many are remembered one by one."""

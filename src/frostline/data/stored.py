@@ -71,15 +71,23 @@ def saved_rows(folder: Path, *, split: str | None) -> Iterator[dict[str, Any]]:
 
 def hub_rows(name: str, *, split: str | None, subset: str | None, revision: str | None) -> Iterator[dict[str, Any]]:
     """The rows of a dataset of a hub, downloaded and kept by `datasets`. Raises `DataError`."""
+    yield from _hub_dataset(name, split, subset, revision)
+
+
+def hub_files(name: str, *, split: str | None, subset: str | None, revision: str | None) -> list[str]:
+    """The files in which `datasets` keeps what it downloaded; their bytes say whether the data are the same."""
+    return [f["filename"] for f in _hub_dataset(name, split, subset, revision).cache_files]
+
+
+def _hub_dataset(name: str, split: str | None, subset: str | None, revision: str | None) -> Any:
     datasets = needed("datasets", to=f"{name} is no file here; loading it from the hub")
     try:
-        loaded = datasets.load_dataset(name, subset, split=split or "train", revision=revision)
+        return datasets.load_dataset(name, subset, split=split or "train", revision=revision)
     except Exception as error:  # it raises whatever the network and the files make it raise
         raise DataError(
             f"no file or folder {name} here, and no dataset of that name can be loaded from the hub: "
             f"{_first_line(error)}"
         ) from None
-    yield from loaded
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ from frostline.recipe.data_spec import (
     DataSpec,
     FormatName,
     SourceSpec,
-    data_paths,
+    data_sources,
     source_names,
     source_of,
 )
@@ -51,7 +51,7 @@ __all__ = [
     "SpikeSpec",
     "StageSpec",
     "TrainedTokenizer",
-    "data_paths",
+    "data_sources",
     "dump_yaml",
     "is_recipe",
     "keys_of",

@@ -115,11 +115,9 @@ def source_of(source: str | SourceSpec) -> SourceSpec:
     return source if isinstance(source, SourceSpec) else SourceSpec(path=source)
 
 
-def data_paths(spec: DataSpec) -> tuple[str, ...]:
-    """Every path and hub name that the data come from, chat template included."""
-    held_out = spec.held_out if isinstance(spec.held_out, tuple) else ()
-    sources = tuple(dict.fromkeys(source_of(s).path for s in (*spec.train, *held_out)))
-    return (*sources, spec.chat_template) if spec.chat_template else sources
+def data_sources(spec: DataSpec) -> tuple[SourceSpec, ...]:
+    """Everything that the data come from, held out or not."""
+    return tuple(map(source_of, (*spec.train, *(spec.held_out if isinstance(spec.held_out, tuple) else ()))))
 
 
 def source_names(sources: tuple[str | SourceSpec, ...]) -> str:
