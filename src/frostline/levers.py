@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy
-from frostline.data import Batch
+from frostline.data import Batch, files_to_hash
 from frostline.engine import Chose, Observer, PrefixCache, PrefixSettings
 from frostline.environment import describe_environment
 from frostline.plan import Plan, why_not_worth
-from frostline.recipe import Recipe, data_paths
+from frostline.recipe import Recipe
 from frostline.run_folder import RunFolder
 from frostline.schedule import Schedule, Stage
 
@@ -54,7 +54,7 @@ def prefix_cache_of(
     """The cache of a run's frozen prefix, as its recipe wants it. `say`: told (setting, value, why)."""
 
     def depends_on() -> Mapping[str, Any]:
-        found = describe_environment(device=device, data=data_paths(recipe.data), base=None)
+        found = describe_environment(device=device, data=files_to_hash(recipe.data), base=None)
         return {
             **{key: found[key] for key in MATTERS},
             "cpu": torch.backends.cpu.get_cpu_capability(),
