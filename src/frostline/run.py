@@ -452,7 +452,7 @@ def choose_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if has_cuda and recipe.device != "cpu" else "cpu")
 
 
-def loop_settings(ready: Ready, cache: PrefixCache) -> LoopSettings:
+def loop_settings(ready: Ready, cache: PrefixCache | None = None) -> LoopSettings:
     """The recipe's settings that hold for all stages."""
     recipe, points = ready.prepared.recipe, ready.points
     return LoopSettings(
@@ -460,7 +460,7 @@ def loop_settings(ready: Ready, cache: PrefixCache) -> LoopSettings:
         skip_limit=recipe.nonfinite.limit if recipe.nonfinite.policy == "skip" else 0,
         spike=recipe.spike,
         flow_every=recipe.evidence.flow_every or FLOW_EVERY if points else None,
-        loss_of=lambda stage: loss_of(stage, points, cache.language(stage, ready.loss)),
+        loss_of=lambda stage: loss_of(stage, points, cache.language(stage, ready.loss) if cache else ready.loss),
         seed=recipe.seed,
         bf16=recipe.precision == "bf16-mixed",
         rounding=recipe.rounding or "masters",
