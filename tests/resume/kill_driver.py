@@ -2,9 +2,10 @@
 
 `python kill_driver.py FOLDER`, then JSON lines `{"name", "recipe", "kills": [...], "spoil": [...]}` on its input. A
 kill is `{"after_step": k}`, `{"evaluated_at": k}`, `{"rolled_back": true}`, or `{"at": point}` inside a write of a
-checkpoint or of a prefix cache, each with `"count": n` for the n-th time that this happens; `{"stop_after_step": k}` is
-a SIGTERM, after which the run saves. `spoil`: batches whose loss is NaN. A trial begins with an empty prefix cache.
-Prints, per trial, the files that differ from those of the run without kills.
+checkpoint or of a prefix cache, each with `"count": n` for the n-th time that this happens; `{"micro_batch": n}` in the
+n-th backward pass, `{"measuring": n}` in the n-th measurement, `{"switching": n, "side": "before" or "after"}` at the
+n-th stage switch; `{"stop_after_step": k}` is a SIGTERM, after which the run saves. `spoil`: batches whose loss is NaN.
+A trial begins with an empty prefix cache. Prints, per trial, the files that differ from those of the run without kills.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from frostline import run as running
 from frostline.engine import Evaluated, RolledBack, StepDone, next_token_loss, prefix_store
 from frostline.recipe import recipe_from_dict
 from frostline.resume import resume
+
+loop: Any = sys.modules["frostline.engine.train"]
 
 CLOCKS = {"timing.jsonl", "environment.json", "plan.json", "lock", "status.json"}
 
@@ -74,6 +77,36 @@ def spoil(batches: list[int]) -> None:
     running.batches_of, running.loss_of = noted, lambda *_: loss  # type: ignore[assignment]
 
 
+def kill_inside(wanted: dict[str, Any]) -> None:
+    """Kills at the moments that no event tells of."""
+    seen = {"micro_batch": 0, "measuring": 0, "switching": 0}
+
+    def count(what: str, side: str = "before") -> None:
+        seen[what] += side == "before"
+        if seen[what] == wanted.get(what) and side == wanted.get("side", "before"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    backward, held_out_loss, switch = torch.Tensor.backward, loop.held_out_loss, loop.switch
+
+    def counted_backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        count("micro_batch")
+        backward(self, *args, **kwargs)
+
+    def counted_loss(*args: Any, **kwargs: Any) -> float:
+        value = held_out_loss(*args, **kwargs)
+        count("measuring")
+        return value
+
+    def counted_switch(*args: Any, **kwargs: Any) -> Any:
+        count("switching")
+        active = switch(*args, **kwargs)
+        count("switching", "after")
+        return active
+
+    torch.Tensor.backward = counted_backward  # type: ignore[method-assign, assignment]
+    loop.held_out_loss, loop.switch = counted_loss, counted_switch
+
+
 def forked(work: Callable[[], object]) -> int:
     """The wait status of a child that does `work`."""
     pid = os.fork()
@@ -118,8 +151,9 @@ def trial(folder: Path, plan: dict[str, Any], kills: list[dict[str, Any]]) -> li
     for wanted in [*kills, {}]:
         killer = Killer(wanted)
 
-        def work(first: bool = not statuses, killer: Killer = killer) -> None:
+        def work(first: bool = not statuses, killer: Killer = killer, wanted: dict[str, Any] = wanted) -> None:
             checkpoints.reached = prefix_store.reached = killer.reached
+            kill_inside(wanted)
             spoil(plan.get("spoil", []))
             if first:
                 train(recipe_from_dict(plan["recipe"]), out=folder, observers=[killer])
@@ -135,21 +169,26 @@ def trial(folder: Path, plan: dict[str, Any], kills: list[dict[str, Any]]) -> li
 def main() -> None:
     torch.set_num_threads(1)
     prefix_store.COMMIT_BYTES = 1
+    os.fsync = lambda _: None  # what the system holds survives a kill: this is about processes, not about power
     running.plan_of = lambda *_, **__: None  # plans take most of a trial's time, and train nothing
     root = Path(sys.argv[1])
-    whole: dict[str, dict[str, str]] = {}
+    whole: dict[str, tuple[str, dict[str, str]]] = {}
     for line in sys.stdin:
         plan = json.loads(line)
         key = json.dumps([plan["recipe"], plan.get("spoil")], sort_keys=True)
         if key not in whole:
-            reference = root / f"whole-{len(whole)}"
-            statuses = trial(reference, plan, [])
-            assert statuses == [0], f"the run without kills failed: {statuses}"
-            whole[key] = digests(reference)
+            reference = f"whole-{len(whole)}"
+            statuses = trial(root / reference, plan, [])
+            if statuses != [0]:
+                print(json.dumps({"name": reference, "statuses": statuses, "differing": ["it failed"]}), flush=True)
+                continue
+            whole[key] = (reference, digests(root / reference))
+        reference, expected = whole[key]
         statuses = trial(root / plan["name"], plan, plan["kills"])
         found = digests(root / plan["name"])
-        differing = sorted(n for n in {*found, *whole[key]} if found.get(n) != whole[key].get(n))
-        print(json.dumps({"name": plan["name"], "statuses": statuses, "differing": differing}), flush=True)
+        differing = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+        answer = {"name": plan["name"], "whole": reference, "statuses": statuses, "differing": differing}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

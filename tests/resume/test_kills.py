@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from trials import Driver
 
-DRIVER = Path(__file__).parent / "kill_driver.py"
 POINTS = ["after weights", "after optimizer", "before manifest", "before rename", "after rename"]
 
 STAGES: list[dict[str, Any]] = [
@@ -31,45 +31,71 @@ def recipe(folder: Path, **more: Any) -> dict[str, Any]:
     return data | {"evidence": {"gradients_every": 2}} | more
 
 
-def run_trials(folder: Path, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    text = "\n".join(json.dumps(t) for t in trials)
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), str(folder)], input=text, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def check(
+    driver: Driver, recipe: dict[str, Any], kills: list[list[dict[str, Any]]], spoil: list[int] | None = None
+) -> Path:
+    """Every run with kills ends with the bytes of the one without, whose folder is returned."""
+    assert kills
+    for each in kills:
+        found = driver.trial(recipe, each, spoil or [])
+        expected = [0 if "stop_after_step" in k else signal.SIGKILL for k in each]
+        assert found["statuses"] == [*expected, 0], (each, found)
+        assert found["differing"] == [], (each, found)
+    return driver.root / str(found["whole"])
 
 
-def check(found: list[dict[str, Any]], trials: list[dict[str, Any]]) -> None:
-    assert [f["name"] for f in found] == [t["name"] for t in trials]
-    for f, t in zip(found, trials, strict=True):
-        assert f["statuses"] == [0 if "stop_after_step" in k else signal.SIGKILL for k in t["kills"]] + [0], f
-        assert f["differing"] == [], f
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the text lies: the same for all, so that equal recipes have one run without kills."""
+    return tmp_path_factory.mktemp("text")
 
 
-def test_killed_after_any_step_a_run_of_four_stages_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_after_any_step_a_run_of_four_stages_ends_with_the_same_bytes(driver: Driver, folder: Path) -> None:
     """Slices, offloaded, kept and shared state, accumulation, rates by part, a plateau, kills at every stage's end."""
-    data = recipe(tmp_path)
-    trials = [{"name": f"step-{k}", "recipe": data, "kills": [{"after_step": k}]} for k in range(1, 13)]
-    check(run_trials(tmp_path, trials), trials)
+    check(driver, recipe(folder), [[{"after_step": k}] for k in range(1, 13)])
 
 
-def test_killed_anywhere_inside_a_save_the_run_goes_on_from_the_save_before(tmp_path: Path) -> None:
-    data = recipe(tmp_path)
-    kills = [[{"at": point, "count": n}] for point in POINTS for n in (1, 3)]
-    trials = [{"name": f"save-{i}", "recipe": data, "kills": k} for i, k in enumerate(kills)]
-    check(run_trials(tmp_path, trials), trials)
+def test_killed_anywhere_inside_a_save_the_run_goes_on_from_the_save_before(driver: Driver, folder: Path) -> None:
+    check(driver, recipe(folder), [[{"at": point, "count": n}] for point in POINTS for n in (1, 3)])
 
 
-def test_killed_many_times_and_while_measuring_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    data = recipe(tmp_path)
-    several = [{"after_step": 2}, {"after_step": 5}, {"at": "before rename", "count": 1}, {"after_step": 9}]
-    trials = [
-        {"name": "several", "recipe": data, "kills": several},
-        {"name": "measuring", "recipe": data, "kills": [{"evaluated_at": 6}]},
-        {"name": "at once", "recipe": data, "kills": [{"evaluated_at": 0}, {"after_step": 1}]},
+def test_killed_three_times_and_more_it_ends_with_the_same_bytes(driver: Driver, folder: Path) -> None:
+    three = [{"after_step": 3}, {"after_step": 4}, {"after_step": 11}]
+    four = [{"after_step": 2}, {"after_step": 5}, {"at": "before rename", "count": 1}, {"after_step": 9}]
+    check(driver, recipe(folder), [three, four, [{"evaluated_at": 0}, {"after_step": 1}]])
+
+
+def test_killed_while_the_held_out_loss_is_measured_it_ends_with_the_same_bytes(driver: Driver, folder: Path) -> None:
+    check(driver, recipe(folder), [[{"measuring": n}] for n in (4, 7)])
+
+
+def test_killed_in_the_middle_of_gradient_accumulation_it_ends_with_the_same_bytes(
+    driver: Driver, folder: Path
+) -> None:
+    """Steps 1 to 4 are of two micro-batches; killed in the backward pass of one of them."""
+    check(driver, recipe(folder), [[{"micro_batch": n}] for n in (2, 7, 8)])
+
+
+def test_killed_before_and_after_a_switch_rebuilds_the_optimizer_it_ends_with_the_same_bytes(
+    driver: Driver, folder: Path
+) -> None:
+    check(driver, recipe(folder), [[{"switching": n, "side": s}] for n in (2, 4) for s in ("before", "after")])
+
+
+def test_killed_where_one_epoch_rolls_over_into_the_next_it_ends_with_the_same_bytes(
+    driver: Driver, tmp_path: Path
+) -> None:
+    """A text of few rows: a batch spans two epochs, with dropout, kept state and a stage that lasts for two epochs."""
+    data = recipe(tmp_path) | {"model": tiny.config("gpt2"), "ties": "together"}
+    tiny.write_text(tmp_path / "text.txt", n_words=400)
+    data["stages"] = [
+        {"learn": "all", "epochs": 2, "lr": 1e-3},
+        {"learn": "ffn", "epochs": 1.5, "lr": 1e-3, "state": "keep"},
     ]
-    check(run_trials(tmp_path, trials), trials)
+    whole = check(driver, data, [[{"after_step": k}] for k in (2, 3, 5)])
+    size = json.loads((whole / "schedule.json").read_text())["step_size"]
+    assert size["n_rows"] % size["rows"], "an epoch ends inside a batch"
+    assert 2 * size["n_rows"] / size["rows"] < 7, "so that the kills are around the end of an epoch"
 
 
 SLOW = pytest.mark.slow
@@ -78,17 +104,15 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", ["muon", *(pytest.param(n, marks=SLOW) for n in ("adam", "sgd", "adafactor", "adamw8bit", "lion"))]
 )
-def test_every_optimizers_state_survives(tmp_path: Path, optimizer: str) -> None:
+def test_every_optimizers_state_survives(driver: Driver, folder: Path, optimizer: str) -> None:
     if optimizer in ("adamw8bit", "lion"):
         pytest.importorskip("bitsandbytes")
     chosen = {"name": optimizer, **({"momentum": 0.9} if optimizer == "sgd" else {})}
     stages = [{**s, "optimizer": chosen, "state": "keep"} for s in STAGES]
-    data = recipe(tmp_path, stages=stages)
-    trials = [{"name": f"step-{k}", "recipe": data, "kills": [{"after_step": k}]} for k in (4, 5, 8)]
-    check(run_trials(tmp_path, trials), trials)
+    check(driver, recipe(folder, stages=stages), [[{"after_step": k}] for k in (4, 8)])
 
 
-def test_killed_while_the_prefix_cache_fills_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_while_the_prefix_cache_fills_it_ends_with_the_same_bytes(driver: Driver, tmp_path: Path) -> None:
     stages = [
         {"name": "last", "learn": "layers[-1]", "steps": 6, "lr": 3e-3, "accumulate": 2},
         {"name": "head", "learn": "layers[-1] | head", "steps": 4, "lr": 3e-3, "accumulate": 2},
@@ -98,39 +122,121 @@ def test_killed_while_the_prefix_cache_fills_it_ends_with_the_same_bytes(tmp_pat
     data["data"] = {**data["data"], "held_out": 0.85}  # few rows: they come again
     kills = [[{"at": "rows synced", "count": 2}],
              [{"at": "entries synced", "count": 3}, {"at": "rows synced", "count": 1}, {"after_step": 8}]]  # fmt: skip
-    trials = [{"name": f"filling-{i}", "recipe": data, "kills": k} for i, k in enumerate(kills)]
-    check(run_trials(tmp_path, trials), trials)
+    check(driver, data, kills)
 
 
-def test_routes_recomputation_and_bf16_survive(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", ["reset", pytest.param("keep", marks=SLOW), pytest.param("offload", marks=SLOW)])
+def test_every_policy_of_optimizer_state_survives_a_kill_in_and_between_stages(
+    driver: Driver, folder: Path, state: str
+) -> None:
+    """Attention leaves, comes back whole, and comes back in part."""
+    learns = ("attn | ffn", "ffn", "attn", "layers[1].attn.heads[1:3] | ffn.down")
+    stages = [{"learn": e, "steps": 2, "lr": 3e-3, "state": state} for e in learns]
+    check(driver, recipe(folder, stages=stages), [[{"after_step": k}] for k in (2, 4, 7)])
+
+
+def test_routes_recomputation_and_bf16_survive(driver: Driver, folder: Path) -> None:
     stages = [
         {"name": "a", "learn": "all", "steps": 4, "lr": 3e-3, "routes": [{"stop": "attn.out", "layers": "1:"}]},
         {"name": "b", "learn": "ffn | norm", "steps": 4, "lr": 3e-3, "local_loss": "shared",
          "routes": [{"stop": "block.in", "layers": "1:"}]},
     ]  # fmt: skip
-    data = recipe(tmp_path, stages=stages, precision="bf16-mixed", recompute="blocks")
+    data = recipe(folder, stages=stages, precision="bf16-mixed", recompute="blocks")
     data["evidence"] = {"gradients_every": 2, "flow_every": 2}
-    trials = [{"name": f"step-{k}", "recipe": data, "kills": [{"after_step": k}]} for k in (2, 4, 5, 7)]
-    check(run_trials(tmp_path, trials), trials)
+    check(driver, data, [[{"after_step": k}] for k in (2, 4, 7)])
 
 
-def test_killed_before_during_and_after_a_rollback_the_run_goes_back_to_the_same_step(tmp_path: Path) -> None:
+def test_killed_before_during_and_after_a_rollback_the_run_goes_back_to_the_same_step(
+    driver: Driver, folder: Path
+) -> None:
     """Batch 5 is the second of its stage: back to the stage's start. Batch 16: back past checkpoints that stops have
     written, which a run without stops would not have."""
     stages = [{**s, "steps": n} for s, n in zip(STAGES, (4, 5, 7), strict=False)]
     stages[2].pop("plateau")
-    data = recipe(tmp_path, stages=stages, nonfinite={"policy": "rollback", "limit": 2})
+    data = recipe(folder, stages=stages, nonfinite={"policy": "rollback", "limit": 2})
     data["checkpoint"] = {"every": 4, "minutes": None, "keep": 1}
     kills: list[list[dict[str, Any]]] = [
-        [{"after_step": 5}],
-        [{"rolled_back": True}],
+        [{"after_step": 5}, {"rolled_back": True}],
         [{"rolled_back": True, "count": 2}],
-        [{"after_step": 5, "count": 2}],
         [{"stop_after_step": 13}, {"rolled_back": True}],
         [{"stop_after_step": 13}, {"stop_after_step": 14}, {"after_step": 13}, {"after_step": 14, "count": 2}],
         [{"at": "before rename", "count": 3}],
     ]
-    trials = [{"name": f"back-{i}", "recipe": data, "kills": k, "spoil": [5, 16]} for i, k in enumerate(kills)]
-    check(run_trials(tmp_path, trials), trials)
-    rows = [json.loads(line) for line in (tmp_path / "whole-0" / "metrics.jsonl").read_text().splitlines()]
+    whole = check(driver, data, kills, spoil=[5, 16])
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["rolled_back_to"]) for r in rows if "rolled_back_to" in r] == [(6, 4), (15, 12)]
+
+
+# --- random runs ------------------------------------------------------------------------------------------------------
+
+LEARN = ["all", "ffn", "attn", "norm", "all - embed", "layers[-1]", "layers[0].attn.heads[0:2] | embed.rows[3:40]"]
+OPTIMIZERS = [{"name": "adamw"}, {"name": "sgd", "momentum": 0.9}, {"name": "adafactor"}, {"name": "muon"}]
+
+
+@st.composite
+def stages(draw: st.DrawFn) -> dict[str, Any]:
+    steps = draw(st.integers(1, 4))
+    plateau = {"plateau": {"every": 1, "patience": 1, "min_delta": 0.1}} if steps > 2 and draw(st.booleans()) else {}
+    return {
+        "learn": draw(st.sampled_from(LEARN)), "steps": steps, "lr": 3e-3, **plateau,
+        "accumulate": draw(st.sampled_from([1, 2, 4])), "optimizer": draw(st.sampled_from(OPTIMIZERS)),
+        "state": draw(st.sampled_from(["keep", "offload", "reset"])),
+        "frozen_dropout": draw(st.sampled_from(["on", "off"])),
+    }  # fmt: skip
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    rolls_back = draw(st.booleans())
+    every = draw(st.integers(1, 3)) if rolls_back else draw(st.none() | st.integers(1, 3))
+    return {
+        "model": tiny.config(draw(st.sampled_from(["llama", "gpt2", "mixtral"]))),
+        "ties": "together",
+        "stages": draw(st.lists(stages(), min_size=1, max_size=3)),
+        "checkpoint": {"every": every, "minutes": None, "keep": draw(st.integers(1, 3))},
+        "eval": {"every": draw(st.none() | st.integers(1, 3)), "batches": 1},
+        "evidence": {"gradients_every": draw(st.integers(1, 4))},
+        "precision": draw(st.sampled_from(["fp32", "bf16-mixed"])),
+        "recompute": draw(st.sampled_from(["off", "blocks"])),
+        "nonfinite": {"policy": "rollback" if rolls_back else "halt"},
+        "seed": draw(st.integers(0, 3)),
+    }
+
+
+KILLS = st.one_of(
+    st.builds(lambda k: {"after_step": k}, st.integers(1, 12)),
+    st.builds(lambda k: {"stop_after_step": k}, st.integers(1, 12)),
+    st.builds(lambda p, n: {"at": p, "count": n}, st.sampled_from(POINTS), st.integers(1, 4)),
+    st.builds(lambda n: {"micro_batch": n}, st.integers(1, 12)),
+    st.just({"rolled_back": True}),
+)
+
+
+def survives(driver: Driver, folder: Path, made: dict[str, Any], kills: list[dict[str, Any]], spoiled: int) -> None:
+    spoil = [spoiled] if made["nonfinite"]["policy"] == "rollback" else []
+    found = driver.trial(tiny.recipe_dict(folder) | made, kills, spoil)
+    assert found["differing"] == [], found
+    assert found["statuses"][-1] == 0, found
+    assert set(found["statuses"]) <= {0, signal.SIGKILL}, found
+
+
+RANDOM: dict[str, Any] = {
+    "deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)
+}  # fmt: skip
+
+
+@settings(max_examples=8, **RANDOM)
+@given(recipes(), st.lists(KILLS, min_size=1, max_size=3), st.integers(0, 8))
+def test_any_run_killed_anywhere_ends_with_the_same_bytes(
+    driver: Driver, folder: Path, made: dict[str, Any], kills: list[dict[str, Any]], spoiled: int
+) -> None:
+    survives(driver, folder, made, kills, spoiled)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, **RANDOM)
+@given(recipes(), st.lists(KILLS, min_size=1, max_size=3), st.integers(0, 8))
+def test_many_runs_killed_anywhere_end_with_the_same_bytes(
+    driver: Driver, folder: Path, made: dict[str, Any], kills: list[dict[str, Any]], spoiled: int
+) -> None:
+    survives(driver, folder, made, kills, spoiled)
