@@ -14,7 +14,7 @@ from frostline.choices import read_choice, wants_measurement
 from frostline.data import files_to_hash
 from frostline.engine import Observer
 from frostline.engine.record import cut_pieces, named_tensors
-from frostline.engine.run_state import RunState, from_files
+from frostline.engine.run_state import RunState, from_files, misfits
 from frostline.environment import describe_environment
 from frostline.errors import RunFolderError
 from frostline.recipe import Recipe, keys_of, load_recipe
@@ -113,7 +113,11 @@ def _state(checkpoint: Checkpoint, ready: Ready, folder: RunFolder) -> RunState:
             f"the base model is not the one this run started from: {', '.join(changed[:5])}"
             + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         )
-    return from_files({n: checkpoint.tensors(n) for n in ("weights", "optimizer")}, checkpoint.data)
+    state = from_files({n: checkpoint.tensors(n) for n in ("weights", "optimizer")}, checkpoint.data)
+    wrong = misfits(state, ready.prepared.schedule.stages[state.stage])
+    if wrong:
+        raise RunFolderError(f"{checkpoint.path} does not fit the model: {wrong[0]} has another shape")
+    return state
 
 
 def _changed(ready: Ready, start: dict[str, str]) -> list[str]:

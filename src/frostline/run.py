@@ -120,7 +120,7 @@ def train(
 
     Raises a `FrostlineError` with nothing written when recipe, model, data or selections are wrong, or `out` is not
     empty; `NonFiniteError` when loss or gradients stop being finite (the weights before that update are saved).
-    The first SIGINT or SIGTERM ends the run after the current step, evidence and model saved.
+    The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP ends the run after the current step, evidence and model saved.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
@@ -192,7 +192,8 @@ def carry_out(
     saver = Saver(checkpoints, recipe, saved=resumed.step if resumed else None)
     settings = loop_settings(ready, cache)
     balanced = any(s.spec.moe for s in prepared.schedule.stages)
-    with closing(cache), stop_on_signal() as stop, log_load(model, prepared.anatomy, folder, wanted=balanced) as logs:
+    watched = log_load(model, prepared.anatomy, folder, wanted=balanced)
+    with folder.failure_noted(), closing(cache), stop_on_signal() as stop, watched as logs:
         try:
             done = train_loop(
                 model,
@@ -207,9 +208,8 @@ def carry_out(
                 stop=stop,
                 resumed=resumed,
             )
-        except NonFiniteError as error:
+        except NonFiniteError:
             save_result(model, prepared.tokenizer, folder)
-            folder.write_status("failed", step=folder.read_boundaries()[-1].step, message=str(error))
             raise
         save_result(model, prepared.tokenizer, folder)
         state: State = "finished" if done.finished else "interrupted"
@@ -473,7 +473,8 @@ def loop_settings(ready: Ready, cache: PrefixCache | None = None) -> LoopSetting
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGINT or SIGTERM makes the yielded function say True; the second interrupts at once."""
+    """Inside, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP makes the yielded function say True; the second interrupts
+    at once. A signal that is ignored (`nohup`) stays so."""
     received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
@@ -484,7 +485,9 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may set signal handlers
         return
-    before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows has the first two
+    numbers = [getattr(signal, n) for n in names if hasattr(signal, n)]
+    before = {n: signal.signal(n, remember) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield lambda: bool(received)
     finally:

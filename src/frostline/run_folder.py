@@ -35,7 +35,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,7 @@ from frostline.anatomy import (
     slice_from_json,
     slice_to_json,
 )
-from frostline.errors import RunFolderError, StorageError
+from frostline.errors import FrostlineError, RunFolderError, StorageError
 from frostline.secrecy import without_secrets
 
 SCHEMA = 1
@@ -331,6 +331,18 @@ class RunFolder:
         )
 
     @contextmanager
+    def failure_noted(self) -> Iterator[None]:
+        """Inside, whatever ends the run before its time is written into its status; a kill cannot be."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(FrostlineError):  # what failed may be the disk
+                done = self.read_boundaries()
+                step = done[-1].step if done else 0
+                self.write_status("failed", step=step, message=_in_words(error))
+            raise
+
+    @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, no other process works on this run. Raises `RunFolderError` when one does."""
         with storage_errors(self.path / "lock"):
@@ -374,6 +386,12 @@ class RunFolder:
             return rows
         except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{path} is not readable: {error}") from None
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted twice"
+    return str(error) if isinstance(error, FrostlineError) else f"{type(error).__name__}: {error}"
 
 
 def checkpoint_of(path: str) -> str:

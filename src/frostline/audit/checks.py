@@ -54,7 +54,12 @@ def evidence_of(
     def rows_that(claim: str, bad: str) -> Evidence:
         return _check(claim, [f"{r.component} (stage {r.stage})" for r in rows if r.verdict == bad], "recorded")
 
-    step = folder.read_status()["step"]
+    status = folder.read_status()
+    step = status["step"]
+    how = {
+        "running": ", then it was killed, or it is under way",
+        "failed": f", then it failed: {status.get('message')}",
+    }
     ends = boundaries[-1].hashes if boundaries else {}
     has_model = folder.model.exists() or folder.has_recipe()  # a loop of the user's need not save one
     saved = [n for n, p in pieces.items() if p.tensor in states.stored and has_model]
@@ -64,7 +69,7 @@ def evidence_of(
         Evidence(
             claim=RAN_TO_ITS_END,
             expected=f"{stages[-1].end} steps",
-            measured=f"{step} steps",
+            measured=f"{step} steps{how.get(status['state'], '')}",
             passed=step == stages[-1].end and len(boundaries) == len(stages) + 1,
             basis="recorded",
         ),

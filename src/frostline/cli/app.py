@@ -76,11 +76,20 @@ def anatomy_of(model: str, trust_remote_code: bool) -> Anatomy:
     return read_anatomy(load_skeleton(checkpoint_of(model), trust_remote_code=trust_remote_code))
 
 
+class _Lines(Console):
+    """A console that falls silent when nobody reads it any more (`frostline train … | head -1`): the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if self.stderr else sys.stdout).fileno())
+
+
 def make_console(*, stderr: bool = False) -> Console:
     """Where to print for people."""
     # a pipe has no width: then nothing is cut off
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=160)
+    console = _Lines(stderr=stderr)
+    return console if console.is_terminal else _Lines(stderr=stderr, width=160)
 
 
 def print_json(data: Any) -> None:

@@ -62,7 +62,7 @@ def resume(
     console = make_console(stderr=as_json)
 
     def say(line: str) -> None:
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     with ProgressLines(console) as progress:
         result = resume_run(

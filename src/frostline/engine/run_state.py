@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, Slice, put, slice_from_json, slice_to_json, take
-from frostline.engine.optimizers import make_optimizer
+from frostline.anatomy import Anatomy, Slice, put, reaches_outside, slice_from_json, slice_to_json, take
+from frostline.engine.optimizers import BY_ELEMENT, make_optimizer
 from frostline.engine.owned import Owned, own
 from frostline.engine.rollback import Window
 from frostline.engine.rounding import Rounding, master_dtype
@@ -101,6 +101,26 @@ def reenter(
             optimizer.set_state(o.value, stored)
         n_restored += bool(stored)
     return Active(stage=stage, ownership=ownership, optimizer=optimizer, n_restored=n_restored, rounding=rounding)
+
+
+def misfits(state: RunState, stage: Stage) -> list[str]:
+    """What of a state does not fit the model and the stage that it says it is of; empty for every state of this run."""
+    shapes = {t.name: t.shape for t in stage.selection.anatomy.tensors}
+    out = [
+        f"the weights of {p}"
+        for p, v in state.weights.items()
+        if p.tensor not in shapes or reaches_outside(p, shapes[p.tensor]) or tuple(v.shape) != p.shape
+    ]
+    strange = [p for p, _ in state.leaves if not stage.selection.within(p)]
+    if strange or sum(p.n_elements for p, _ in state.leaves) != stage.selection.n_elements:
+        out.append(f"what the optimizer owns ({strange[0] if strange else 'not all that learns'})")
+    by_element = [*state.leaves] if stage.spec.optimizer.name in BY_ELEMENT else []
+    by_element += [(p, s.state) for p, s in state.memory.items() if s.optimizer in BY_ELEMENT]
+    for piece, values in by_element:
+        tensors = [v for v in values.values() if isinstance(v, torch.Tensor) and v.dim()]
+        if any(v.numel() != piece.n_elements for v in tensors):
+            out.append(f"the optimizer's state of {piece}")
+    return out
 
 
 def to_files(state: RunState) -> tuple[Tensors, dict[str, Any]]:
