@@ -6,8 +6,8 @@ Read `survey` first; `Survey` is what it gives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -143,11 +143,13 @@ def survey(
     examples: int = 3,
     limit: int | None = None,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Survey:
     """Look at the data of a recipe, or of a `DataSpec` with a tokenizer (folder, hub name or run folder).
 
     `examples`: so many are shown of each part; `limit`: only so many are looked at. Examples that cannot be used are
-    counted, whatever the recipe makes of them. Raises a `FrostlineError` for files that cannot be read.
+    counted, whatever the recipe makes of them. `say` is told how far reading is. Raises a `FrostlineError` for files
+    that cannot be read.
     """
     if isinstance(target, Recipe):
         spec, made = target.data, get_tokenizer(target, trust_remote_code=trust_remote_code)
@@ -159,19 +161,32 @@ def survey(
         spec, name = target, tokenizer
         made = load_tokenizer(checkpoint_of(tokenizer), trust_remote_code=trust_remote_code)
         n_vocabulary = len(made)
-    return _survey(spec, made, name, n_vocabulary, examples, limit, is_recipe=isinstance(target, Recipe))
+    looking = _Looking(spec, made, n_vocabulary, examples, limit, say)
+    return _survey(looking, name, is_recipe=isinstance(target, Recipe))
 
 
-def _survey(
-    spec: DataSpec, tokenizer: Any, name: str, n_vocabulary: int, examples: int, limit: int | None, *, is_recipe: bool
-) -> Survey:
-    drops, spec = spec.invalid == "drop", spec.model_copy(update={"invalid": "drop"})  # all that is wrong, at once
+@dataclass(frozen=True, slots=True)
+class _Looking:
+    """What is looked at, and how."""
+
+    spec: DataSpec
+    tokenizer: Any
+    n_vocabulary: int
+    examples: int
+    limit: int | None
+    say: Callable[[str], None]
+
+
+def _survey(looking: _Looking, name: str, *, is_recipe: bool) -> Survey:
+    drops = looking.spec.invalid == "drop"
+    spec = looking.spec.model_copy(update={"invalid": "drop"})  # all that is wrong, at once
+    looking = replace(looking, spec=spec)
     sources = {"train" if is_recipe else "data": spec.train}
     if isinstance(spec.held_out, tuple):
         sources["held out"] = spec.held_out
     parts, counted, whole = [], [], True
     for part, paths in sources.items():
-        made, counts, is_whole = _part(part, paths, spec, tokenizer, n_vocabulary, examples, limit)
+        made, counts, is_whole = _part(part, paths, looking)
         parts.append(made)
         counted.append(counts)
         whole = whole and is_whole
@@ -184,7 +199,7 @@ def _survey(
     )
     return Survey(
         tokenizer=name,
-        n_vocabulary=n_vocabulary if is_recipe else None,
+        n_vocabulary=looking.n_vocabulary if is_recipe else None,
         drops=drops,
         row_length=spec.length if is_recipe else None,
         is_whole=whole,
@@ -194,27 +209,21 @@ def _survey(
         leaks=tuple(leaks[:PAIRS]),
         n_prompt_leaks=len(prompts),
         prompt_leaks=tuple(prompts[:PAIRS]),
-        notes=tuple(_notes(spec, tokenizer, n_vocabulary, parts)),
+        notes=tuple(_notes(spec, looking.tokenizer, looking.n_vocabulary, parts)),
     )
 
 
-def _part(
-    name: str,
-    paths: Iterable[str | Path | SourceSpec],
-    spec: DataSpec,
-    tokenizer: Any,
-    n_vocabulary: int,
-    examples: int,
-    limit: int | None,
-) -> tuple[Part, _Counts, bool]:
-    tally, counts = Tally(), _Counts()
-    found = read_examples(spec, paths, tokenizer, n_vocabulary=n_vocabulary, tally=tally)
+def _part(name: str, paths: Iterable[str | Path | SourceSpec], looking: _Looking) -> tuple[Part, _Counts, bool]:
+    spec, tally, counts = looking.spec, Tally(), _Counts()
+    found = read_examples(spec, paths, looking.tokenizer, n_vocabulary=looking.n_vocabulary, tally=tally)
     shown: list[Shown] = []
-    for example in islice(found, limit):
+    for example in islice(found, looking.limit):
         _count(example, counts)
-        if len(shown) < examples:
-            shown.append(show(example, tokenizer))
-    is_whole = limit is None or next(found, None) is None
+        if len(shown) < looking.examples:
+            shown.append(show(example, looking.tokenizer))
+        if len(counts.lengths) % 1000 == 0:
+            looking.say(f"{name}: {len(counts.lengths):,} examples")
+    is_whole = looking.limit is None or next(found, None) is None
     lengths = np.array(counts.lengths, dtype=np.int64)
     part = Part(
         name=name,

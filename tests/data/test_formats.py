@@ -502,3 +502,12 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient_that_is_not
     model.zero_grad()
     step(model, [full], next_token_loss, **kept)
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
+
+
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, plain, monkeypatch):
+    from frostline.data import files
+
+    monkeypatch.setattr(files, "LINE_BYTES", 1000)
+    file = tmp_path / "a.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n' + b"x" * 100_000))
+    assert f"{file}:2: a line of more than 1000 bytes" in refused(file, plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +99,12 @@ def test_one_process_serves_many_conversations():
     rendered("a")
     rendered("b")
     assert templates._worker() is first
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads a process's environment from /proc")
+def test_the_process_gets_no_secrets_of_the_environment(monkeypatch):
+    templates._end()
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    rendered("a")
+    environment = Path(f"/proc/{templates._worker().process.pid}/environ").read_bytes()
+    assert b"hf_secret" not in environment

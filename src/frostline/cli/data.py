@@ -35,7 +35,15 @@ def data(
     chosen = _target(target, overrides or [])
     if tokenizer is not None and not isinstance(chosen, _data_spec()):
         raise RecipeError("--tokenizer is for files: a recipe names its own (`--set tokenizer=MODEL`)")
-    found = survey(chosen, tokenizer=tokenizer, examples=examples, limit=limit, trust_remote_code=trust_remote_code)
+    with make_console(stderr=True).status("reading") as status:
+        found = survey(
+            chosen,
+            tokenizer=tokenizer,
+            examples=examples,
+            limit=limit,
+            trust_remote_code=trust_remote_code,
+            say=status.update,
+        )
     if html is not None:
         from frostline.experiment.data_page import write_data_page
 

@@ -23,6 +23,9 @@ from frostline.recipe.data_spec import COMPRESSED, DATA_SUFFIXES, SUFFIXES
 
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
+LINE_BYTES = 1 << 28
+"""The longest line that is read: a file that has no line feeds, or unpacks without end, must not fill the memory."""
+
 Errors = Literal["strict", "replace"]
 
 
@@ -148,10 +151,12 @@ def _decoded(content: bytes, file: Path, errors: Errors, *, line: int = 1, offse
         ) from None
 
 
-def _lines(file: Path, stream: Iterable[bytes], errors: Errors) -> Iterator[str]:
+def _lines(file: Path, stream: BinaryIO, errors: Errors) -> Iterator[str]:
     """Lines with their line feeds; only a line feed ends one."""
     offset = 0
-    for number, raw in enumerate(stream, start=1):
+    for number, raw in enumerate(iter(lambda: stream.readline(LINE_BYTES + 1), b""), start=1):
+        if len(raw) > LINE_BYTES:
+            raise DataError(f"{file}:{number}: a line of more than {LINE_BYTES} bytes; one example is one line")
         text = _decoded(raw, file, errors, line=number, offset=offset)
         offset += len(raw)
         yield text.removeprefix("\ufeff") if number == 1 else text

@@ -25,6 +25,17 @@ SECONDS = 20.0
 """How long the renderings of one conversation may take."""
 START_SECONDS = 120.0
 """How long the process may take to start, its imports included."""
+KEPT = (
+    "PATH",
+    "PYTHONPATH",
+    "LD_LIBRARY_PATH",
+    "HOME",
+    "TMPDIR",
+    "SYSTEMROOT",
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_L2_SIZE",
+)
+"""Of the environment, what the process gets; no keys and tokens."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -108,7 +119,8 @@ class _Worker:
     def __init__(self) -> None:
         self.owner = os.getpid()
         script = Path(__file__).with_name("template_worker.py")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+        environment = {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(script)],
             stdin=subprocess.PIPE,
@@ -147,7 +159,7 @@ class _Worker:
     def _ask(self, request: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
         self.process.stdin.flush()
         while b"\n" not in self.rest:
             if not select.select([self.process.stdout], [], [], seconds)[0]:
