@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -27,11 +28,11 @@ from frostline.data import (
     Store,
     Tally,
     cut,
-    read_examples,
     rows_at,
     texts_of,
     train_byte_bpe,
 )
+from frostline.data.caching import load_store
 from frostline.data.templates import read_template
 from frostline.engine.apart import keep_apart, padding_changes
 from frostline.engine.documents import use_document_attention
@@ -59,11 +60,15 @@ def _tokenizer(recipe: Recipe, *, trust_remote_code: bool) -> Any:
         return load_tokenizer(spec, trust_remote_code=trust_remote_code)
     if spec is None and isinstance(recipe.model, str):
         return load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
-    documents = list(texts_of(recipe.data, recipe.data.train))
-    if not documents:
+    texts = texts_of(recipe.data, recipe.data.train)
+    first = next(texts, None)
+    if first is None:
         raise DataError(f"no text to train on in {source_names(recipe.data.train)}")
     own = spec.vocab_size if isinstance(spec, TrainedTokenizer) else None
-    return train_byte_bpe(documents, n_vocabulary=own or load_config(recipe.model).vocab_size)
+    return train_byte_bpe(chain([first], texts), n_vocabulary=own or load_config(recipe.model).vocab_size)
+
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,12 +112,15 @@ class Feed:
         }
 
 
-def make_feed(recipe: Recipe, tokenizer: Any) -> Feed:
-    """Rows to train on and rows held out. Raises `DataError` when there is too little text, and `ModelError` when the
-    model cannot keep documents apart as its layout needs."""
+def make_feed(recipe: Recipe, tokenizer: Any, *, say: Say = lambda _: None) -> Feed:
+    """Rows to train on and rows held out. `say`: told how far making tokens is.
+
+    Raises `DataError` when there is too little text, and `ModelError` when the model cannot keep documents apart as its
+    layout needs.
+    """
     tally, held_out = Tally(), recipe.data.held_out
-    store = _store(recipe, recipe.data.train, tokenizer, tally)
-    apart = None if isinstance(held_out, float) else _store(recipe, held_out, tokenizer, Tally())
+    store = _store(recipe, recipe.data.train, tokenizer, tally, say)
+    apart = None if isinstance(held_out, float) else _store(recipe, held_out, tokenizer, Tally(), say)
     formats = {f.format for f in tally.files.values()}
     layout = layout_of(recipe.data, formats, everything_learns=store.learns is None)
     if layout == "stream":
@@ -130,9 +138,9 @@ def long_of(data: DataSpec, *, everything_learns: bool) -> Literal["split", "tru
     return data.long or ("split" if everything_learns else "truncate")
 
 
-def _store(recipe: Recipe, paths: Any, tokenizer: Any, tally: Tally) -> Store:
+def _store(recipe: Recipe, paths: Any, tokenizer: Any, tally: Tally, say: Say) -> Store:
     n_vocabulary = load_config(recipe.model).get_text_config().vocab_size
-    return Store.of(read_examples(recipe.data, paths, tokenizer, n_vocabulary=n_vocabulary, tally=tally))
+    return load_store(recipe.data, paths, tokenizer, n_vocabulary=n_vocabulary, tally=tally, say=say)
 
 
 def _streamed(recipe: Recipe, store: Store, apart: Store | None) -> Feed:

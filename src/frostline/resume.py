@@ -71,7 +71,7 @@ def resume(
         choice = read_choice(folder)
         if choice is None and wants_measurement(recipe):
             raise RunFolderError(f"{run} has lost {CHOICE}, which says which experts it chose to train")
-        ready = make_ready(recipe, choice=choice, trust_remote_code=trust_remote_code)
+        ready = make_ready(recipe, choice=choice, trust_remote_code=trust_remote_code, say=say)
         with damaged_records(folder.path):
             state = _state(checkpoint, ready, folder) if checkpoint else None
         folder.rewind(state.records if state else {})

@@ -124,7 +124,7 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    ready = make_ready(recipe, trust_remote_code=trust_remote_code)
+    ready = make_ready(recipe, trust_remote_code=trust_remote_code, say=say)
     for line in ready.prepared.feed.lines():
         say(line)
     folder = start_folder(ready.prepared, out)
@@ -145,13 +145,19 @@ class Ready:
     plan: Plan | None
 
 
-def make_ready(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: bool = False) -> Ready:
-    """Check a recipe, load its model, plan it; writes nothing. `choice`: kept by the run that goes on.
+def make_ready(
+    recipe: Recipe,
+    *,
+    choice: Choice | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Ready:
+    """Check a recipe, load its model, plan it; writes nothing but a cache. `choice`: kept by the run that goes on.
 
-    Raises a `FrostlineError`.
+    `say`: told how far reading the data is. Raises a `FrostlineError`.
     """
     choice = choice or choose(recipe, trust_remote_code=trust_remote_code)
-    prepared = prepare(recipe, choice=choice, trust_remote_code=trust_remote_code)
+    prepared = prepare(recipe, choice=choice, trust_remote_code=trust_remote_code, say=say)
     device = choose_device(recipe)
     model = load_weights(prepared, trust_remote_code=trust_remote_code)
     fit_attention(model, prepared.feed.kept_by)
@@ -306,10 +312,17 @@ def save_result(model: nn.Module, tokenizer: Any, folder: RunFolder) -> None:
         folder.write_model_files({p.name: hash_file(p) for p in sorted(folder.model.glob("*")) if p.is_file()})
 
 
-def prepare(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: bool = False) -> Prepared:
-    """Check a recipe against its model and data; writes nothing, and reads weights only where its schedule ranks them.
+def prepare(
+    recipe: Recipe,
+    *,
+    choice: Choice | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Prepared:
+    """Check a recipe against its model and data; reads weights only where its schedule ranks them, writes only a cache.
 
-    `choice`: what its selections mean where they depend on a measurement. Raises a `FrostlineError`.
+    `choice`: what its selections mean where they depend on a measurement. `say`: told how far reading the data is.
+    Raises a `FrostlineError`.
     """
     skeleton = load_skeleton(recipe.model, dtype=weights_dtype(recipe), trust_remote_code=trust_remote_code)
     if recipe.ties == "untie":
@@ -320,7 +333,7 @@ def prepare(recipe: Recipe, *, choice: Choice | None = None, trust_remote_code: 
     with named_in(expansion):
         selections = make_selections(recipe, anatomy, choice)
     tokenizer = get_tokenizer(recipe, trust_remote_code=trust_remote_code)
-    feed = make_feed(recipe, tokenizer)
+    feed = make_feed(recipe, tokenizer, say=say)
     with named_in(expansion):
         schedule = make_schedule(recipe, selections, n_rows=len(feed.train), tokens_per_step=feed.tokens_per_step)
     check_routes(skeleton, anatomy, schedule)

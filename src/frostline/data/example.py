@@ -58,12 +58,12 @@ def read_examples(
     `n_vocabulary`: entries of the model's vocabulary; a token outside it is an error. `tally` is filled on the way.
     """
     found = shapes_of(spec, paths, Tally() if tally is None else tally)
-    maker = _Maker(spec, tokenizer, n_vocabulary)
+    maker = Maker(spec, tokenizer, n_vocabulary)
     while some := list(islice(found, TOGETHER)):
         yield from maker.examples(some)
 
 
-class _Maker:
+class Maker:
     """Shapes → examples, with one tokenizer and the templates it was asked for."""
 
     def __init__(self, spec: DataSpec, tokenizer: Any, n_vocabulary: int) -> None:

@@ -41,6 +41,7 @@ _PATHS: tuple[tuple[str, ...], ...] = (
     ("data", "held_out"),
     ("data", "chat_template"),
     ("cache", "dir"),
+    ("data", "cache"),
 )
 
 
@@ -296,7 +297,9 @@ def _make_paths_absolute(values: dict[str, Any], *, base: Path, overridden: list
         def absolute(value: Any, key: KeyPath, names: bool = path in _FOLDERS_OR_HUB_NAMES) -> Any:
             if isinstance(value, dict) and key[0] == "data":  # a source with settings of its own
                 return {**value, "path": absolute(value["path"], (*key, "path"))} if "path" in value else value
-            names = names or (isinstance(value, str) and key[1] != "chat_template" and is_hub_name(value))
+            names = names or (
+                isinstance(value, str) and key[1] not in ("chat_template", "cache") and is_hub_name(value)
+            )
             start = Path.cwd() if any(o == key[: len(o)] for o in overridden) else base
             return _absolute(value, start, key=key, may_be_name=names)
 
