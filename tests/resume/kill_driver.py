@@ -60,6 +60,8 @@ class Killer:
 
 def spoil(batches: list[int]) -> None:
     """Let the loss of these batches be NaN, whenever they come."""
+    if not batches:
+        return
     batches_of, current = running.batches_of, [0]
 
     def noted(*args: Any, **kwargs: Any) -> Callable[..., Any]:
