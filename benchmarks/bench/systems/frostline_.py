@@ -1,0 +1,133 @@
+"""Frostline: its loop with evidence, fused loss and prefix cache as they are by default. Settings: `loss`, `cache`
+(auto, on, off), `cache_dir`, `plan` (false: no plan beforehand)."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from job import Job, Meter, Result, main
+
+EXPRESSIONS = {"experts": "experts | router"}
+
+
+def expression(learn: str) -> str:
+    """A job's name as a selection."""
+    return f"layers[-{learn[5:]}:]" if learn.startswith("last-") else EXPRESSIONS.get(learn, learn)
+
+
+def run(job: Job) -> Result:
+    """Train."""
+    import torch
+
+    from frostline.anatomy import read_anatomy
+    from frostline.data import Batch
+    from frostline.engine import (
+        LoopSettings,
+        PrefixCache,
+        PrefixSettings,
+        StepDone,
+        choose_loss,
+        loss_of,
+        train_loop,
+    )
+    from frostline.model import load_model
+    from frostline.plan import Batching, make_plan, why_not_worth
+    from frostline.recipe import OptimizerSpec, StageSpec
+    from frostline.run_folder import RunFolder
+    from frostline.schedule import Schedule, StepSize
+    from frostline.selection import select
+
+    meter = Meter(job)
+    device = torch.device(job.device)
+    rows = torch.load(job.tokens)
+    order = job.order(len(rows))
+    model = load_model(job.model).to(device)
+    anatomy = read_anatomy(model)
+    spec = StageSpec(
+        learn=expression(job.learn),
+        steps=len(order),
+        lr=job.lr,
+        clip=1.0,
+        optimizer=OptimizerSpec(name="adamw", weight_decay=0.0),
+    )
+    size = StepSize(tokens=job.batch * rows.shape[1], rows=job.batch, n_rows=len(rows))
+    schedule = Schedule.of([("only", spec, select(anatomy, spec.learn))], step_size=size)
+
+    def batches(step: int, _stage: Any) -> list[Batch]:
+        ids = rows[order[step]]
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+        return [Batch(input_ids=ids, labels=labels, indices=tuple(order[step])).to(device)]
+
+    how = job.settings.get("loss", "auto")
+    loss = choose_loss(how, model, anatomy, n_tokens=job.batch * rows.shape[1]).loss
+    plan, said, losses = None, [], []
+    if job.settings.get("plan", True):
+        batching = Batching(
+            rows=job.batch,
+            length=rows.shape[1],
+            bf16=job.dtype == "bf16",
+            loss=how,
+            device=job.device,  # type: ignore[arg-type]
+        )
+        plan = make_plan(job.model, schedule, batching)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = PrefixCache(
+            model,
+            anatomy,
+            PrefixSettings(
+                how=job.settings.get("cache", "auto"),
+                folder=Path(job.settings.get("cache_dir", folder)) / "cache",
+                limit_bytes=100_000_000_000,
+                n_rows=len(rows),
+                batch=lambda stage: batches(stage.start, stage)[0],
+                bf16=job.dtype == "bf16",
+                depends_on=dict,
+                worth=lambda stage: why_not_worth(plan, schedule, stage),
+                say=lambda _stage, value, why: said.append(f"{value}: {why}"),
+            ),
+        )
+
+        def listen(event: object) -> None:
+            if isinstance(event, StepDone):
+                losses.append(event.loss)
+                meter.tick()
+
+        meter.start()
+        train_loop(
+            model,
+            anatomy,
+            schedule,
+            batches,
+            loss,
+            folder=RunFolder.create(Path(folder) / "run"),
+            settings=LoopSettings(
+                bf16=job.dtype == "bf16",
+                device=device,
+                loss_of=lambda stage: loss_of(stage, None, cache.language(stage, loss)),
+            ),
+            observers=[listen],
+        )
+        cache.close()
+    notes: dict[str, Any] = {"cache": said}
+    if plan is not None:
+        cost = plan.stages[0].cost
+        notes |= {
+            "planned_peak_bytes": cost.peak_bytes,
+            "flops": cost.total_flops,
+            "prefix_flops": cost.prefix_flops,
+        }
+    return Result(
+        seconds=meter.seconds,
+        losses=losses,
+        peak_bytes=meter.peak_bytes(),
+        n_learning=schedule.stages[0].selection.n_elements,
+        notes=notes,
+    )
+
+
+if __name__ == "__main__":
+    main(run)
