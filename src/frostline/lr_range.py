@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from frostline.anatomy import fingerprint
-from frostline.engine import LossFunction, loss_of, step
+from frostline.engine import LoopSettings, LossFunction, loss_of, step
 from frostline.engine.stage_switch import set_modes, switch
 from frostline.engine.train import enter_routes, held_out_loss
 from frostline.errors import FrostlineError, RecipeError, SelectionError
 from frostline.feed import batches_of, held_out_batches
 from frostline.randomness import derive_seed
 from frostline.recipe import Recipe
-from frostline.run import Ready, loop_settings, make_ready
+from frostline.run import Ready, make_ready
 from frostline.schedule import Schedule, Stage
 from frostline.selection import Selection, select
 
@@ -174,7 +174,12 @@ class _Bench:
         prepared = ready.prepared
         recipe = prepared.recipe
         self.ready, self.stage, self.model = ready, stage, ready.model
-        self.settings = loop_settings(ready)
+        self.settings = LoopSettings(
+            seed=recipe.seed,
+            bf16=recipe.precision == "bf16-mixed",
+            rounding=recipe.rounding or "masters",
+            device=ready.device,
+        )
         self.batches = batches_of(recipe, prepared.feed.train, ready.device)
         self.held_out = held_out_batches(recipe, prepared.feed.held_out, ready.device)[:n_batches]
         self.hashes = {name: fingerprint(t) for name, t in self._tensors().items()}
