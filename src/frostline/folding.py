@@ -10,7 +10,7 @@ from frostline.anatomy import parse_path
 
 @dataclass(slots=True)
 class Fold:
-    """Component names that differ only in their indices."""
+    """Component names that differ only in their indices: every combination of the indices that its title shows."""
 
     names: list[str] = field(default_factory=list)
 
@@ -31,7 +31,31 @@ def fold(items: Iterable[tuple[str, Hashable]]) -> list[Fold]:
     for name, alike in items:
         key = (tuple(step for step, _ in parse_path(name)), alike)
         folds.setdefault(key, Fold()).names.append(name)
-    return list(folds.values())
+    return [box for f in folds.values() for box in _boxes(f)]
+
+
+def _boxes(fold: Fold) -> list[Fold]:
+    """The fold cut so that each part is every combination of its indices: not of experts 0 and 1 in one layer and 2 in
+    another."""
+    by_index = {tuple(i for _, i in parse_path(name) if i is not None): name for name in fold.names}
+    return [Fold([by_index[index] for index in sorted(box)]) for box in _products(frozenset(by_index))]
+
+
+def _products(found: frozenset[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Index tuples of one length as products of sets, in the order of their first members."""
+    if len(next(iter(found))) == 0:
+        return [[()]]
+    rests: dict[int, set[tuple[int, ...]]] = {}
+    for head, *rest in found:
+        rests.setdefault(head, set()).add(tuple(rest))
+    heads: dict[frozenset[tuple[int, ...]], list[int]] = {}
+    for head in sorted(rests):
+        heads.setdefault(frozenset(rests[head]), []).append(head)
+    return [
+        [(head, *rest) for head in firsts for rest in box]
+        for shared, firsts in heads.items()
+        for box in _products(shared)
+    ]
 
 
 def folded(names: Iterable[str]) -> list[str]:
