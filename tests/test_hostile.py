@@ -119,6 +119,16 @@ def test_a_pickle_in_a_checkpoints_place_is_no_checkpoint_even_with_a_manifest(
     assert not (tmp_path / "mark").exists()
 
 
+def test_a_pickle_in_the_place_of_a_delta_or_of_evidence_is_none_and_is_not_read(run: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "delta.safetensors", RunFolder(run).entry(0)):
+        path.write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
+    with pytest.raises(ModelError, match=r"delta\.safetensors"):
+        apply_deltas(str(run / "model"), [tmp_path / "delta.safetensors"], tmp_path / "out")
+    with pytest.raises(RunFolderError, match="entry-0"):
+        audit(run)
+    assert not (tmp_path / "mark").exists()
+
+
 def with_code(base: Path, mark: Path) -> None:
     """Let a model folder bring code of its own, which leaves a mark when it runs."""
     config = json.loads((base / "config.json").read_text())
