@@ -7,8 +7,7 @@ Read `survey` first; `Survey` is what it gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from hashlib import blake2b
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from frostline.data import Example, FileTally, Tally, read_examples
+from frostline.data.counting import PAIRS, Counts, Same, count, histogram, leaks_between, quantiles
 from frostline.data.templates import read_template
 from frostline.errors import DataError
 from frostline.feed import get_tokenizer, layout_of, long_of, spread
@@ -25,8 +25,6 @@ from frostline.run_folder import checkpoint_of
 
 SHOWN_TOKENS = 400
 """Of one example, so many tokens are shown."""
-PAIRS = 5
-"""Of duplicates and leaks, so many are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +45,6 @@ class Shown:
     pieces: tuple[Piece, ...]
     is_cut: bool
     """Whether only its beginning is shown."""
-
-
-@dataclass(frozen=True, slots=True)
-class Same:
-    """Two places that hold the same."""
-
-    source: str
-    other: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,23 +109,6 @@ class Survey:
         return {"schema": 1, **asdict(self), "n_refused": self.n_refused}
 
 
-@dataclass(slots=True)
-class _Counts:
-    """What is counted over the examples of a part."""
-
-    lengths: list[int] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    """Hash of each example, mask included."""
-    prompts: list[bytes] = field(default_factory=list)
-    """Hash of what comes before the first learning token; empty where there is no such thing."""
-    n_learning: int = 0
-    n_bytes: int = 0
-    seen: dict[bytes, str] = field(default_factory=dict)
-    n_duplicates: int = 0
-    duplicates: list[Same] = field(default_factory=list)
-
-
 def survey(
     target: Recipe | DataSpec,
     *,
@@ -191,9 +164,11 @@ def _survey(looking: _Looking, name: str, *, is_recipe: bool) -> Survey:
         counted.append(counts)
         whole = whole and is_whole
     trained, held_out = _sides(spec, counted, parts[0].fate) if is_recipe or len(parts) > 1 else ([], [])
-    leaks = _leaks([(c.keys[i], c.sources[i]) for c, i in trained], [(c.keys[i], c.sources[i]) for c, i in held_out])
+    leaks = leaks_between(
+        [(c.keys[i], c.sources[i]) for c, i in trained], [(c.keys[i], c.sources[i]) for c, i in held_out]
+    )
     same = {p.source for p in leaks}
-    prompts = _leaks(
+    prompts = leaks_between(
         [(c.prompts[i], c.sources[i]) for c, i in trained],
         [(c.prompts[i], c.sources[i]) for c, i in held_out if c.sources[i] not in same],
     )
@@ -213,12 +188,12 @@ def _survey(looking: _Looking, name: str, *, is_recipe: bool) -> Survey:
     )
 
 
-def _part(name: str, paths: Iterable[str | Path | SourceSpec], looking: _Looking) -> tuple[Part, _Counts, bool]:
-    spec, tally, counts = looking.spec, Tally(), _Counts()
+def _part(name: str, paths: Iterable[str | Path | SourceSpec], looking: _Looking) -> tuple[Part, Counts, bool]:
+    spec, tally, counts = looking.spec, Tally(), Counts()
     found = read_examples(spec, paths, looking.tokenizer, n_vocabulary=looking.n_vocabulary, tally=tally)
     shown: list[Shown] = []
     for example in islice(found, looking.limit):
-        _count(example, counts)
+        count(example, counts)
         if len(shown) < looking.examples:
             shown.append(show(example, looking.tokenizer))
         if len(counts.lengths) % 1000 == 0:
@@ -235,8 +210,8 @@ def _part(name: str, paths: Iterable[str | Path | SourceSpec], looking: _Looking
         n_bytes=counts.n_bytes,
         longest=int(lengths.max(initial=0)),
         n_longer=int((lengths > spec.length).sum()),
-        lengths=tuple(_histogram(lengths)),
-        quantiles=_quantiles(lengths),
+        lengths=tuple(histogram(lengths)),
+        quantiles=quantiles(lengths),
         n_duplicates=counts.n_duplicates,
         duplicates=tuple(counts.duplicates),
         shown=tuple(shown),
@@ -251,34 +226,11 @@ def _fate(spec: DataSpec, tally: Tally, *, everything_learns: bool) -> str:
     return f"{layout}; longer than a row: {long_of(spec, everything_learns=everything_learns)}"
 
 
-def _count(example: Example, counts: _Counts) -> None:
-    counts.lengths.append(len(example.ids))
-    counts.sources.append(example.source)
-    counts.n_learning += int(example.learns.sum())
-    counts.n_bytes += example.n_bytes
-    key = _hash(example.ids.tobytes(), example.learns.tobytes())
-    first = counts.seen.setdefault(key, example.source)
-    if first != example.source:
-        counts.n_duplicates += 1
-        if len(counts.duplicates) < PAIRS:
-            counts.duplicates.append(Same(example.source, first))
-    start = int(np.argmax(example.learns))
-    counts.keys.append(key)
-    counts.prompts.append(_hash(example.ids[:start].tobytes()) if start > 1 else b"")  # one token is no prompt
-
-
-def _hash(*parts: bytes) -> bytes:
-    digest = blake2b(digest_size=12)
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
-
-
-Places = list[tuple[_Counts, int]]
+Places = list[tuple[Counts, int]]
 """Examples by what counted them and their index."""
 
 
-def _sides(spec: DataSpec, counted: list[_Counts], fate: str) -> tuple[Places, Places]:
+def _sides(spec: DataSpec, counted: list[Counts], fate: str) -> tuple[Places, Places]:
     """What is trained on and what is held out, as training divides them."""
     train = counted[0]
     everything = [(train, i) for i in range(len(train.keys))]
@@ -303,30 +255,6 @@ def _split_words(spec: DataSpec, fate: str, n: int) -> str:
         return "files of their own"
     how = "the end of the stream" if fate.startswith("stream") else "spread evenly over the examples"
     return f"{spec.held_out:.4g} of the data, {how}: {n:,} of them"
-
-
-def _leaks(trained: list[tuple[bytes, str]], held_out: list[tuple[bytes, str]]) -> list[Same]:
-    """Held-out examples that stand in another place of what is trained on, too."""
-    at = {key: source for key, source in reversed(trained) if key}
-    found = [Same(source, at[key]) for key, source in held_out if key in at]
-    return [same for same in found if same.source != same.other]
-
-
-def _histogram(lengths: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, int]]:
-    """Examples per range of lengths, each range twice as wide as the one before it."""
-    if not len(lengths):
-        return
-    start = 1 << max(0, int(lengths.min()).bit_length() - 1)
-    while start <= lengths.max():
-        yield start, 2 * start, int(((lengths >= start) & (lengths < 2 * start)).sum())
-        start *= 2
-
-
-def _quantiles(lengths: np.ndarray[Any, Any]) -> tuple[int, int, int]:
-    if not len(lengths):
-        return 0, 0, 0
-    half, most, nearly = (int(np.quantile(lengths, q, method="inverted_cdf")) for q in (0.5, 0.9, 0.99))
-    return half, most, nearly
 
 
 def show(example: Example, tokenizer: Any) -> Shown:

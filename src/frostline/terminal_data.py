@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from frostline.data import FileTally
-from frostline.survey import Part, Same, Shown, Survey
+from frostline.data.counting import Same
+from frostline.survey import Part, Shown, Survey
 from frostline.units import format_bytes, format_share
 
 LEARNS, FROZEN = "#0b3d1e on #bfe8c9", "grey62"

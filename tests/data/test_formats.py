@@ -121,10 +121,12 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, plain, kind):
     assert len({e.source for e in found}) == 3
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k is not as_csv], ids=lambda k: k.__name__)
-def test_conversations_come_from_every_kind_of_file_that_can_hold_them(tmp_path, kind):
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_conversations_come_from_every_kind_of_file_where_there_are_no_lists_as_json(tmp_path, kind):
     made = chats.tokenizer("chatml")
     rows = [{"messages": chats.CONVERSATIONS[n]["messages"]} for n in ("turns", "system")]
+    if kind is as_csv:
+        rows = [{"messages": json.dumps(r["messages"])} for r in rows]
     found = read(kind(tmp_path, rows), made)
     assert [shown(e, made) for e in found] == [chats.EXPECTED["chatml"][n] for n in ("turns", "system")]
 
@@ -247,6 +249,14 @@ def test_prompt_and_completion_may_be_messages(tmp_path):
     messages = chats.CONVERSATIONS["turns"]["messages"]
     (example,) = read(as_jsonl(tmp_path, [{"prompt": messages[:3], "completion": messages[3:]}]), made)
     assert shown(example, made) == chats.EXPECTED["chatml"]["turns"].replace("⟦", "", 1).replace("⟧", "", 1)
+
+
+def test_messages_may_be_columns_of_roles_and_of_contents_as_some_datasets_have_them(tmp_path):
+    made = chats.tokenizer("chatml")
+    messages = chats.CONVERSATIONS["turns"]["messages"]
+    row = {"messages": {k: [m[k] for m in messages] for k in ("role", "content")}}
+    (example,) = read(as_jsonl(tmp_path, [row]), made)
+    assert shown(example, made) == chats.EXPECTED["chatml"]["turns"]
 
 
 def test_sharegpt_is_a_conversation_under_other_names(tmp_path):

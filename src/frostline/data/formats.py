@@ -86,6 +86,25 @@ def shape(row: Row, name: str) -> Shape:
     return _SHAPES[name](row)
 
 
+def unpacked(row: Row) -> Row:
+    """The row with its lists of messages as lists: files without lists hold them as JSON, some datasets as columns."""
+    values: dict[str, Any] = {c: _unpacked(row.values[c]) for c in ("messages", "conversations") if c in row.values}
+    return Row({**row.values, **values}, row.source, row.is_text) if values else row
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        columns = list(value.values())
+        if all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+            return [dict(zip(value, fields, strict=True)) for fields in zip(*columns, strict=True)]
+    return value
+
+
 def with_columns(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with its columns under the names that formats know. Raises `RowError` for a column that is not there."""
     if not columns or row.is_text:

@@ -19,7 +19,7 @@ from frostline.data.files import (
     rows_of,
     saved_dataset_rows,
 )
-from frostline.data.formats import Pair, Shape, detect, shape, with_columns
+from frostline.data.formats import Pair, Shape, detect, shape, unpacked, with_columns
 from frostline.data.messages import Conversation
 from frostline.data.stored import hub_files, hub_rows
 from frostline.data.text import Document
@@ -157,7 +157,7 @@ def _of_rows(rows: Iterator[Row | RowError], spec: DataSpec, wanted: str, tally:
                 raise row
             if row.is_text and tally.given and wanted != "text":
                 raise DataError(f"{row.source}: a text file cannot hold the format {wanted}")
-            renamed = with_columns(row, spec.columns)
+            renamed = unpacked(with_columns(row, spec.columns))
             if not tally.format:
                 tally.format, tally.also = detect(renamed)
             made = shape(renamed, tally.format)
