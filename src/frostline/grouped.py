@@ -46,7 +46,8 @@ def own_modules(model: nn.Module) -> list[nn.Module]:
 
 def _is_known(module: nn.Module) -> bool:
     facts = vars(module)  # set by transformers' decorator of experts classes
-    return "is_transposed" in facts and not facts.get("has_post_expert_norm")
+    special = facts.get("has_post_expert_norm") or facts.get("_is_expert_parallel")  # older versions know neither
+    return "is_transposed" in facts and not special
 
 
 def let_experts_learn(weight: torch.Tensor, experts: Iterable[int] | None) -> None:
@@ -61,7 +62,7 @@ def experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """What an experts module computes, as transformers' `grouped_mm` does: choices sorted by expert, two products."""
-    if self._is_expert_parallel or not _is_known(self):
+    if not _is_known(self):
         result: torch.Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return result
     n_chosen, device = top_k_index.shape[-1], hidden_states.device.type
