@@ -55,3 +55,13 @@ clean:
 .PHONY: docs
 docs: $(STAMP) ## rewrite the pages that are made from the sources
 	$(BIN)/python -c "from frostline.recipe.describe import recipe_markdown; print(recipe_markdown(), end='')" > docs/recipe.md
+
+.PHONY: bench bench-all bench-gpu
+bench: $(STAMP) ## the benchmark's 12 core cells on this CPU, within an hour on two cores
+	$(BIN)/python benchmarks/bench/run.py core --plot .bench/bench.png
+
+bench-all: $(STAMP) ## one more cell of the benchmark; call it again for the next
+	$(BIN)/python benchmarks/bench/run.py next --reps 5 --plot .bench/bench.png
+
+bench-gpu: ## the benchmark on one CUDA device, in the environment that is active
+	python benchmarks/bench/gpu.py bench-gpu.json

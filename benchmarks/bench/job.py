@@ -94,6 +94,8 @@ class Meter:
     """Clock and memory of one run."""
 
     def __init__(self, job: Job) -> None:
+        import torch._dynamo  # what some system loads later anyway counts for none
+
         self.cuda = job.device == "cuda"
         self.before = resident_bytes()
         self.seconds: list[float] = []

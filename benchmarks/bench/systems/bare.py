@@ -12,7 +12,6 @@ from job import Job, Meter, Result, load_model, main
 def run(job: Job) -> Result:
     """Train."""
     import torch
-    import transformers  # noqa: F401 (counts as an import, not as the run's memory)
 
     meter = Meter(job)
     model = load_model(job)
