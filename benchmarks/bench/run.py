@@ -354,8 +354,8 @@ def main() -> None:
         learn, vocabulary = asked.cell
         run_cell(learn, int(vocabulary), asked)
     lines = lines_of(read(asked.out), void_too=asked.void_too)
-    print(table(lines))
-    if asked.plot:
+    print(table(lines) if lines else "no run counts yet: other processes were computing; --void-too shows them")
+    if asked.plot and lines:
         plot(lines, asked.plot)
 
 
