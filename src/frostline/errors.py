@@ -65,6 +65,10 @@ class SpikeError(NonFiniteError):
     """The loss is finite, and far above those before it."""
 
 
+class CompileError(FrostlineError):
+    """`torch.compile` cannot compile a model here, or computes something else than the model does."""
+
+
 class PlanError(FrostlineError):
     """A cost that cannot be predicted; never a silent zero."""
 

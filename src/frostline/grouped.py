@@ -62,7 +62,8 @@ def experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """What an experts module computes, as transformers' `grouped_mm` does: choices sorted by expert, two products."""
-    if not _is_known(self):
+    # which experts learn is looked up outside of the graph, so compiled blocks compute as transformers does
+    if not _is_known(self) or torch.compiler.is_compiling():
         result: torch.Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return result
     n_chosen, device = top_k_index.shape[-1], hidden_states.device.type

@@ -39,6 +39,9 @@ PATHS = ("train", "held_out", "chat_template")
 """Settings of the data that say where it is: what is there has hashes."""
 
 
+COMPILED = "blocks are compiled, and what they give would be read by others than gave it"
+
+
 def prefix_cache_of(
     recipe: Recipe,
     model: nn.Module,
@@ -70,7 +73,7 @@ def prefix_cache_of(
         batch=lambda stage: batches(stage.start, stage)[0],
         bf16=recipe.precision == "bf16-mixed",
         depends_on=depends_on,
-        worth=lambda stage: why_not_worth(plan, schedule, stage),
+        worth=lambda stage: COMPILED if recipe.compile != "off" else why_not_worth(plan, schedule, stage),
         say=lambda _stage, value, why: say("cache.prefix", value, why),
     )
     return PrefixCache(model, anatomy, settings)

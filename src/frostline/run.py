@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,7 @@ from frostline.engine import (
     set_routes,
     train_loop,
 )
+from frostline.engine.compiled import Compiled, check_compiles
 from frostline.engine.load_log import log_load
 from frostline.engine.recompute import recompute_blocks
 from frostline.engine.run_state import RunState
@@ -142,6 +143,7 @@ class Ready:
     points: Points | None
     loss: LossFunction
     """The next-token loss, in the way that pays."""
+    compiled: Compiled | None
     plan: Plan | None
 
 
@@ -168,12 +170,13 @@ def make_ready(
     points = points_for(prepared.schedule, model, prepared.anatomy, always=always)
     if recipe.recompute == "blocks":
         recompute_blocks([block for _, block in find_blocks(model)])
+    compiled = compile_blocks(model, prepared, device) if recipe.compile == "blocks" else None
     loss = loss_for(prepared, model)
     plan = plan_of(prepared, trust_remote_code=trust_remote_code)
     for i, stage in enumerate(plan.stages if plan else ()):
         if not stage.cost.gradient_bytes:
             raise RecipeError(f"stages[{i}]: nothing of `{stage.learn}` gets a gradient: its routes cut all of it off")
-    return Ready(prepared=prepared, model=model, device=device, points=points, loss=loss, plan=plan)
+    return Ready(prepared=prepared, model=model, device=device, points=points, loss=loss, compiled=compiled, plan=plan)
 
 
 def carry_out(
@@ -201,19 +204,20 @@ def carry_out(
     watched = log_load(model, prepared.anatomy, folder, wanted=balanced)
     with folder.failure_noted(), closing(cache), stop_on_signal() as stop, watched as logs:
         try:
-            done = train_loop(
-                model,
-                prepared.anatomy,
-                prepared.schedule,
-                batches,
-                ready.loss,
-                folder=folder,
-                settings=replace(settings, watch=meters if ready.plan else None, save=saver, go_back=saver.go_back),
-                held_out=held_out_batches(recipe, prepared.feed.held_out, ready.device),
-                observers=[*observers, *logs],
-                stop=stop,
-                resumed=resumed,
-            )
+            with ready.compiled.running() if ready.compiled else nullcontext():
+                done = train_loop(
+                    model,
+                    prepared.anatomy,
+                    prepared.schedule,
+                    batches,
+                    ready.loss,
+                    folder=folder,
+                    settings=replace(settings, watch=meters if ready.plan else None, save=saver, go_back=saver.go_back),
+                    held_out=held_out_batches(recipe, prepared.feed.held_out, ready.device),
+                    observers=[*observers, *logs],
+                    stop=stop,
+                    resumed=resumed,
+                )
         except NonFiniteError:
             save_result(model, prepared.tokenizer, folder)
             raise
@@ -280,6 +284,23 @@ def loss_for(prepared: Prepared, model: nn.Module) -> LossFunction:
         return choose_loss(recipe.loss, model, prepared.anatomy, n_tokens=largest).loss
     except ModelError as error:
         raise RecipeError(str(error)) from None
+
+
+def compile_blocks(model: nn.Module, prepared: Prepared, device: torch.device) -> Compiled:
+    """The model's blocks, to be compiled when a stage needs them. Raises `CompileError` for those that cannot be."""
+    if prepared.feed.layout != "stream":
+        raise RecipeError(
+            f"compile: rows of layout {prepared.feed.layout} differ in shape from step to step, and every shape is "
+            "a graph of its own: use layout stream, or leave `compile` out"
+        )
+    blocks = [block for _, block in find_blocks(model)]
+
+    def call() -> None:
+        model.train()
+        next_token_loss(model, prepared.feed.train.batch([0]).to(device))
+
+    check_compiles(blocks, call, device=device.type)
+    return Compiled(blocks, n_stages=len(prepared.schedule.stages))
 
 
 def check_finite(model: nn.Module, anatomy: Anatomy) -> None:
@@ -477,6 +498,7 @@ def loop_settings(ready: Ready, cache: PrefixCache | None = None) -> LoopSetting
         seed=recipe.seed,
         bf16=recipe.precision == "bf16-mixed",
         rounding=recipe.rounding or "masters",
+        compiled=ready.compiled,
         notes=[note] if (note := dtype_note(recipe)) else [],
         device=ready.device,
         eval_every=recipe.eval.every,

@@ -16,7 +16,18 @@ from rich.text import Text
 
 from frostline.anatomy import Anatomy, Proof, SliceProof, parse_path
 from frostline.audit import FAILED, Audit, Diff, Row
-from frostline.engine import Chose, Evaluated, Event, Noted, RolledBack, RunStarted, StageEnded, StageStarted, StepDone
+from frostline.engine import (
+    Chose,
+    Evaluated,
+    Event,
+    Noted,
+    RolledBack,
+    RunStarted,
+    StageCompiled,
+    StageEnded,
+    StageStarted,
+    StepDone,
+)
 from frostline.experiment.bench import Claims
 from frostline.experiment.demo import Demo
 from frostline.folding import Fold, fold
@@ -380,6 +391,8 @@ class ProgressLines:
                 self.progress.update(self.task, completed=event.to)
             case Evaluated():
                 self.console.print(f"  step {event.step:>5}  held-out loss {event.held_out_loss:.4f}", highlight=False)
+            case StageCompiled():
+                self.console.print(_compiled_line(event), highlight=False)
             case Noted():
                 self.console.print(event.text, style="yellow" if event.is_warning else None, highlight=False)
             case Chose():
@@ -415,6 +428,16 @@ def _stage_line(event: StageStarted) -> str:
         f"clip {spec.clip if spec.clip is not None else 'off'}"
         f"{', dropout off where nothing learns' if spec.frozen_dropout == 'off' else ''}{routes}{local}"
         + "".join(f"\n  note: {note}" for note in event.notes)
+    )
+
+
+def _compiled_line(event: StageCompiled) -> str:
+    proof = event.proof
+    made = f"{proof.n_graphs} new graph{'s' if proof.n_graphs > 1 else ''}" if proof.n_graphs else "no new graph"
+    return (
+        f"  compiled: {made} ({event.n_graphs} in all), warm-up {format_duration(proof.seconds)}; to the model "
+        f"uncompiled the loss differs by {proof.loss_difference:.1e}, a gradient's norm by at most "
+        f"{proof.gradient_difference:.1e}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from frostline.engine.compiled import Proof
 from frostline.engine.flow import Flow
 from frostline.errors import NonFiniteError
 from frostline.schedule import Schedule, Stage
@@ -119,6 +120,16 @@ class RolledBack:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageCompiled:
+    """After the graphs of a stage were made and held against the model itself."""
+
+    stage: Stage
+    proof: Proof
+    n_graphs: int
+    """All graphs of the run so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Noted:
     """Something that a person should know, in words; nothing that an observer has to act on."""
 
@@ -126,5 +137,16 @@ class Noted:
     is_warning: bool = False
 
 
-Event = RunStarted | StageStarted | StepDone | RolledBack | Evaluated | Measured | Chose | StageEnded | Noted
+Event = (
+    RunStarted
+    | StageStarted
+    | StepDone
+    | RolledBack
+    | Evaluated
+    | Measured
+    | Chose
+    | StageEnded
+    | Noted
+    | StageCompiled
+)
 Observer = Callable[[Event], None]

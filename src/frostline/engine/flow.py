@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from frostline.anatomy import take
+from frostline.engine.compiled import as_it_is
 from frostline.engine.loss import loss_of, next_token_loss
 from frostline.engine.route_points import watched
 from frostline.engine.routes import Points, set_routes
@@ -56,7 +57,7 @@ def measure_flow(
     Residual connections that the stage removes stay removed on both sides: another function has other gradients.
     Routes are in force as before afterwards; the caller puts the modules' modes back.
     """
-    with torch.compiler.set_stance("force_eager"):  # compiled blocks do not show what happens inside them
+    with as_it_is():  # compiled blocks do not show what happens inside them
         return _measured(model, points, stage, batch, device=device, bf16=bf16)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frostline.engine.compiled import as_it_is
 from frostline.engine.owned import Ownership
 from frostline.engine.step import Countable, LossFunction
 from frostline.randomness import derive_seed
@@ -30,7 +31,12 @@ def find_nonfinite(
     for i, micro_batch in enumerate(micro_batches):
         torch.manual_seed(derive_seed(seed, "micro-batch", i))
         found: list[str] = []
-        with _watching(model, found), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with (
+            as_it_is(),
+            _watching(model, found),
+            torch.no_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        ):
             summed = loss(model, micro_batch)
         at = f"(micro-batch {i + 1} of {len(micro_batches)})"
         if found:

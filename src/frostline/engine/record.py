@@ -17,7 +17,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from frostline.anatomy import Anatomy, Slice, fingerprint, put, refine, take, whole
-from frostline.engine.events import Evaluated, Event, Measured, RolledBack, StageEnded, StageStarted, StepDone
+from frostline.engine.events import (
+    Evaluated,
+    Event,
+    Measured,
+    RolledBack,
+    StageCompiled,
+    StageEnded,
+    StageStarted,
+    StepDone,
+)
 from frostline.engine.optimizers import leaves, state_bytes
 from frostline.engine.owned import Ownership
 from frostline.engine.rounding import Rounding, Shown, n_shown, stepped_bytes
@@ -290,6 +299,9 @@ class Recorder:
             case Measured():
                 row = {"step": event.step, "stage": event.stage.index, **event.flow.to_json()}
                 self.folder.append(self.folder.flow, row)
+            case StageCompiled():
+                row = {"event": "compiled", "stage": event.stage.name, "graphs": event.n_graphs}
+                self.folder.append(self.folder.timing, {**row, **asdict(event.proof)})
             case StageStarted() | StageEnded():
                 if isinstance(event, StageEnded):
                     self.folder.append(

@@ -15,6 +15,7 @@ from torch import nn
 
 from frostline.anatomy import Anatomy, fingerprint
 from frostline.engine.buffers import FrozenBuffers
+from frostline.engine.compiled import Compiled, as_it_is, graphs
 from frostline.engine.corrections import move_corrections
 from frostline.engine.dispatch import set_dispatch
 from frostline.engine.events import (
@@ -25,6 +26,7 @@ from frostline.engine.events import (
     Observer,
     RolledBack,
     RunStarted,
+    StageCompiled,
     StageEnded,
     StageStarted,
     StepDone,
@@ -83,6 +85,8 @@ class LoopSettings:
     at a stop."""
     go_back: Callable[[NonFiniteError, int, int, int], RunState] | None = None
     """(why, steps done, the first step to go back to, rollbacks so far) → the state of a checkpoint; raises, if not."""
+    compiled: Compiled | None = None
+    """The model's compiled blocks."""
     notes: Sequence[str] = ()
     """Told when the run starts."""
     watch: Callable[[Active, int], AbstractContextManager[None]] | None = None
@@ -134,6 +138,8 @@ def train_loop(
     done, n_skipped = 0, 0
     recent: list[float] = []
     left_out: list[Window] = []
+    proved: Active | None = None
+    n_graphs = graphs()
 
     def tell(event: Event) -> None:
         for observer in (recorder.event, *observers):
@@ -224,6 +230,11 @@ def train_loop(
                 tell(_flow(model, stage, held_out, settings, done))
                 set_modes(model, stage)
             objective = settings.loss_of(stage) if settings.loss_of else loss
+            if settings.compiled is not None and proved is not active:
+                first = batches(batch_of(stage.start, left_out), stage)[0]
+                tell(_proved(settings.compiled, model, active, first, objective, settings, since=n_graphs))
+                buffers.restore()
+                proved = active
             with settings.watch(active, done - stage.start) if settings.watch else nullcontext():
                 batch, may_skip = batch_of(done, left_out), n_skipped < settings.skip_limit
                 try:
@@ -284,6 +295,24 @@ def _flow(model: nn.Module, stage: Stage, held_out: Sequence[Countable], setting
     return Measured(stage=stage, step=done, flow=flow)
 
 
+def _proved(
+    compiled: Compiled,
+    model: nn.Module,
+    active: Active,
+    micro_batch: Countable,
+    loss: LossFunction,
+    settings: LoopSettings,
+    *,
+    since: int,
+) -> StageCompiled:
+    """Make the graphs of a stage, and hold them against the model itself on one micro-batch."""
+    seed = derive_seed(settings.seed, "compiled", active.stage.index)
+    proof = compiled.prove(
+        model, active.ownership, micro_batch, loss, seed=seed, device=settings.device, bf16=settings.bf16
+    )
+    return StageCompiled(stage=active.stage, proof=proof, n_graphs=graphs() - since)
+
+
 def _end_stage(schedule: Schedule, index: int, recorder: Recorder, *, n_skipped: int) -> StageEnded:
     """Write the evidence of a stage that ended; what follows is laid anew when that was before its time."""
     stage = schedule.stages[index]
@@ -312,6 +341,8 @@ def _one_step(
     stage, ownership, optimizer = active.stage, active.ownership, active.optimizer
     seed = derive_seed(settings.seed, "step", batch)
     computed = step(model, micro_batches, loss, seed=seed, device=settings.device, bf16=settings.bf16)
+    if settings.compiled is not None:
+        settings.compiled.drop_zeros()
     value, norm = computed.loss.item(), ownership.norm()
     finite = math.isfinite(value) and bool(norm.isfinite())
     if not finite and not may_skip:
@@ -357,7 +388,7 @@ def _one_step(
 def held_out_loss(model: nn.Module, batches: Sequence[Countable], loss: LossFunction, settings: LoopSettings) -> float:
     """Mean loss per target over `batches`, in evaluation mode (no dropout)."""
     model.eval()
-    with torch.no_grad(), torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
+    with as_it_is(), torch.no_grad(), torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
         total = sum(loss(model, b).item() for b in batches)
     return total / max(sum(b.n_targets for b in batches), 1)
 
@@ -368,7 +399,7 @@ def find_derived_buffers(model: nn.Module, batch: Countable, loss: LossFunction)
     if not before:
         return ()
     model.eval()
-    with torch.no_grad():
+    with as_it_is(), torch.no_grad():
         loss(model, batch)
     after = dict(model.named_buffers(remove_duplicate=False))
     return tuple(name for name, old in before.items() if name not in after or fingerprint(after[name]) != old)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frostline.engine.compiled import as_it_is
 from frostline.engine.stage_switch import Active
 from frostline.errors import PlanError
 from frostline.plan.meter import Meter
@@ -18,7 +19,7 @@ from frostline.plan.plan import Plan
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageCheck:
-    """One stage, planned and measured: its second step, or its only one."""
+    """One stage, planned and measured: its second step, or its only one; uncompiled, as the plan is."""
 
     stage: str
     planned_flops: int
@@ -60,7 +61,7 @@ class StepMeters:
         meter = Meter(tensors, device="cuda" if on_cuda else "cpu")
         meter.adopt(_held(active))
         try:
-            with self.around(), meter:
+            with as_it_is(), self.around(), meter:
                 yield
         except PlanError:  # an operation without a formula: the plan has failed on it already, the run need not
             return

@@ -143,6 +143,9 @@ class Recipe(Record):
     """How bf16 weights take updates, with `precision: bf16`. `masters` (when left out): the optimizer works on fp32
     copies of what learns. `stochastic`: no copies; a step is computed in fp32 and rounded up or down by chance, so that
     it is right on average. `nearest`: the optimizer works in bf16; small updates are lost, the share is measured."""
+    compile: Literal["off", "blocks"] = "off"
+    """`blocks`: blocks are compiled by `torch.compile`, once for all that are alike. At the start of every stage one
+    micro-batch is also computed uncompiled, and both must give the same gradients; held-out losses stay uncompiled."""
     recompute: Literal["off", "blocks"] = "off"
     """`blocks`: a block keeps only its input and is computed again for its backward pass (gradient checkpointing)."""
     loss: Literal["auto", "fused", "plain"] = "auto"
@@ -211,6 +214,22 @@ class Recipe(Record):
     def _only_bf16_weights_are_rounded(self) -> Recipe:
         if self.rounding is not None and self.precision != "bf16":
             raise ValueError(f"rounding is of bf16 weights, and precision is {self.precision}: drop it, or say bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_blocks_are_not_cached(self) -> Recipe:
+        if self.compile != "off" and self.cache.prefix == "on":
+            raise ValueError("cache.prefix and compile cannot both be on: drop one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_blocks_hide_their_routers(self) -> Recipe:
+        for i, stage in enumerate(self.stages):
+            if self.compile != "off" and stage.moe is not None:
+                raise ValueError(
+                    f"stages[{i}].moe watches routers inside the blocks, which compiled blocks do not show: drop "
+                    "one of moe and compile"
+                )
         return self
 
     @model_validator(mode="after")
