@@ -151,7 +151,7 @@ def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
     return table
 
 
-def print_checks(console: Console, checks: Sequence[StageCheck]) -> None:
+def print_checks(console: Console, checks: Sequence[StageCheck], *, has_experts: bool = False) -> None:
     """The plan against a metered step of every stage, in one line, and one more for each that differs."""
     if not checks:
         return
@@ -167,6 +167,10 @@ def print_checks(console: Console, checks: Sequence[StageCheck]) -> None:
         if not c.flops_agree:
             planned, real = format_flops(c.planned_flops), format_flops(c.measured_flops)
             console.print(f"  stage {c.stage}: planned {planned}, computed {real}", highlight=False)
+    if has_experts and n < len(checks):
+        console.print(
+            "  where only some experts learn, a plan takes their share of the tokens for equal", highlight=False
+        )
 
 
 def print_why(console: Console, found: Sequence[Why]) -> None:

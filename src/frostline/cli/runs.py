@@ -157,7 +157,8 @@ def _end_of_run(result: RunResult, console: Console, *, as_json: bool) -> NoRetu
         )
     else:
         print_audit(console, result.audit)
-        print_checks(console, result.checks)
+        has_experts = any(".experts[" in c.name for c in result.anatomy.components)
+        print_checks(console, result.checks, has_experts=has_experts)
         if RunFolder(result.folder).load.exists():
             print_histories(console, experts_of_run(result.folder))
         console.print(f"run folder: {result.folder}", soft_wrap=True, highlight=False)
