@@ -7,7 +7,7 @@ Read `make_feed` first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import nn
 from frostline.data import (
     Batch,
     Cutting,
+    FileTally,
     FlatRows,
     Kept,
     Layout,
@@ -28,6 +29,7 @@ from frostline.data import (
     Store,
     Tally,
     cut,
+    found_lines,
     rows_at,
     texts_of,
     train_byte_bpe,
@@ -86,10 +88,12 @@ class Feed:
     """On the average, padding not counted."""
     cutting: dict[str, Cutting]
     """`train` and `held_out` → what became of their documents; empty for a stream."""
+    found: tuple[FileTally, ...] = ()
+    """What the files were, held-out ones too."""
 
     def lines(self) -> list[str]:
-        """What a person is told of it; nothing of a stream, in which every token counts."""
-        out = []
+        """What a person is told of it; of a stream, in which every token counts, only what its files were."""
+        out = found_lines(self.found)
         for name, c in self.cutting.items():
             rows = self.train if name == "train" else self.held_out
             out.append(f"{name.replace('_', ' ')}: {c.documents:,} documents, {self.layout} in {len(rows):,} rows")
@@ -109,6 +113,7 @@ class Feed:
             "rows": {"train": len(self.train), "held_out": len(self.held_out)},
             "tokens_per_step": self.tokens_per_step,
             "documents": {name: asdict(c) for name, c in self.cutting.items()},
+            "files": [asdict(f) for f in self.found],
         }
 
 
@@ -118,14 +123,13 @@ def make_feed(recipe: Recipe, tokenizer: Any, *, say: Say = lambda _: None) -> F
     Raises `DataError` when there is too little text, and `ModelError` when the model cannot keep documents apart as its
     layout needs.
     """
-    tally, held_out = Tally(), recipe.data.held_out
+    tally, other, held_out = Tally(), Tally(), recipe.data.held_out
     store = _store(recipe, recipe.data.train, tokenizer, tally, say)
-    apart = None if isinstance(held_out, float) else _store(recipe, held_out, tokenizer, Tally(), say)
+    apart = None if isinstance(held_out, float) else _store(recipe, held_out, tokenizer, other, say)
     formats = {f.format for f in tally.files.values()}
     layout = layout_of(recipe.data, formats, everything_learns=store.learns is None)
-    if layout == "stream":
-        return _streamed(recipe, store, apart)
-    return _laid(recipe, layout, store, apart)
+    feed = _streamed(recipe, store, apart) if layout == "stream" else _laid(recipe, layout, store, apart)
+    return replace(feed, found=(*tally.files.values(), *other.files.values()))
 
 
 def layout_of(data: DataSpec, formats: set[str], *, everything_learns: bool) -> Layout:

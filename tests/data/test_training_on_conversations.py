@@ -126,3 +126,13 @@ def test_tool_calls_are_learnt_in_a_run_too(tmp_path, base):
     data = write(tmp_path / "a.jsonl", [CONVERSATIONS["tool"]] * 4)
     result = frostline.train(recipe(base, data, [data], length=512, batch=2), out=tmp_path / "run")
     assert result.audit.passed
+
+
+def test_a_run_says_what_its_files_were_and_keeps_it(tmp_path, base):
+    data = write(tmp_path / "a.jsonl", [*ROWS, {"messages": [user("x")]}])
+    lines = []
+    frostline.train(recipe(base, data, [data], invalid="drop"), out=tmp_path / "run", say=lines.append)
+    assert lines[0] == f"data: messages, 16 examples (2 files, from {data}); 2 dropped"
+    assert any(line.startswith(f"dropped: {data}:9: nothing to learn") for line in lines)
+    files = json.loads((tmp_path / "run" / "environment.json").read_text())["rows"]["files"]
+    assert [(f["format"], f["examples"], f["dropped"]) for f in files] == [("messages", 8, 1)] * 2

@@ -13,13 +13,14 @@ from frostline.recipe import dump_yaml, load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-ROWS = {m[1]: m[2] for m in re.finditer(r"^\| ([RCNSX]\d+) \| [^|]+ \| ([^|]+) \|$", PAGE, re.MULTILINE)}
+ROWS = {m[1]: m[2] for m in re.finditer(r"^\| ([RCNSDX]\d+) \| [^|]+ \| ([^|]+) \|$", PAGE, re.MULTILINE)}
 NEEDED = {
-    *(f"R{i}" for i in (*range(1, 10), 11, 13, 14)),
+    *(f"R{i}" for i in (*range(1, 10), 11, 12, 13, 14)),
     *(f"C{i}" for i in range(1, 13)),
     *(f"N{i}" for i in (*range(1, 7), 8)),
     *(f"S{i}" for i in range(1, 17)),
-    *(f"X{i}" for i in (*range(1, 9), 10, 11, 12)),
+    *(f"D{i}" for i in range(1, 17)),
+    *(f"X{i}" for i in range(1, 13)),
 }
 
 

@@ -5,7 +5,7 @@ from frostline.data.example import Example, read_examples
 from frostline.data.layouts import FlatRows, Layout, PackedRows, PaddedRows, RowSource
 from frostline.data.order import rows_at
 from frostline.data.pieces import Cutting, Pieces, cut
-from frostline.data.sources import FileTally, Tally, files_to_hash, texts_of
+from frostline.data.sources import FileTally, Tally, files_to_hash, found_lines, texts_of
 from frostline.data.store import Store
 from frostline.data.text import Document, iter_documents, read_documents
 from frostline.data.tokens import Rows, encode, train_byte_bpe
@@ -30,6 +30,7 @@ __all__ = [
     "cut",
     "encode",
     "files_to_hash",
+    "found_lines",
     "iter_documents",
     "model_inputs",
     "read_documents",

@@ -85,6 +85,24 @@ class Tally:
         return self.files.setdefault(path, FileTally(path))
 
 
+def found_lines(files: Iterable[FileTally]) -> list[str]:
+    """What files were, one line per format, and what of them was left out."""
+    by_format: dict[str, list[FileTally]] = {}
+    for f in files:
+        by_format.setdefault(f.format or "nothing", []).append(f)
+    out = []
+    for name, group in by_format.items():
+        where = group[0].path if len(group) == 1 else f"{len(group):,} files, from {group[0].path}"
+        out.append(f"data: {name}, {sum(f.examples for f in group):,} examples ({where})")
+        also = {a for f in group for a in f.also}
+        if also:
+            out[-1] += f"; also fits: {', '.join(sorted(also))} (`data.format` decides)"
+        for what, n in (("blank", sum(f.blank for f in group)), ("dropped", sum(f.dropped for f in group))):
+            out[-1] += f"; {n:,} {what}" if n else ""
+        out += [f"dropped: {reason}" for f in group for reason in f.reasons[:3]][:3]
+    return out
+
+
 @dataclass(slots=True)
 class Found:
     """A shape, where it came from, and what to do when it cannot be used after all."""
