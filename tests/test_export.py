@@ -91,6 +91,21 @@ def test_overlapping_deltas_are_refused_by_name(base: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_folder_stands_for_its_model_and_a_delta_is_given_once(base: Path, tmp_path: Path) -> None:
+    run = train(on(base, tmp_path, "norm"), out=tmp_path / "run").folder
+    delta = export_delta(run, tmp_path / "d.safetensors")
+    out = apply_deltas(str(base.parent), [delta], tmp_path / "out")
+    assert torch.equal(logits(out), logits(run / "model"))
+    with pytest.raises(ModelError, match=r"d\.safetensors is given twice"):
+        apply_deltas(str(base), [delta, delta], tmp_path / "again")
+    with pytest.raises(ModelError, match=r"pieces differ .*; give the model that its run started from"):
+        apply_deltas(str(out), [delta], tmp_path / "again")
+    with pytest.raises(ModelError, match="plain weights; a delta is what `frostline export RUN FILE --delta` writes"):
+        apply_deltas(str(base), [base / "model.safetensors"], tmp_path / "again")
+    with pytest.raises(ModelError, match=r"the model of this run folder is .*run/model"):
+        train(on(run, tmp_path, "norm"), out=tmp_path / "more")
+
+
 def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     run = train(on(base, tmp_path, "ffn"), out=tmp_path / "run").folder
     delta = export_delta(run, tmp_path / "d.safetensors")

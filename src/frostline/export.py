@@ -35,7 +35,7 @@ from frostline.engine.record import named_tensors
 from frostline.errors import FrostlineError, ModelError, RunFolderError
 from frostline.model import Weights, load_model, load_tokenizer, save_model, untie
 from frostline.recipe import ScratchModel, dump_yaml, load_recipe
-from frostline.run_folder import RunFolder, damaged_records, storage_errors, write_text
+from frostline.run_folder import RunFolder, checkpoint_of, damaged_records, storage_errors, write_text
 from frostline.units import format_count
 
 
@@ -106,7 +106,10 @@ def read_delta(path: str | Path) -> Delta:
     """Read a delta file; executes nothing. Raises `ModelError` when it is none, or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {})["frostline_delta"])
+            metadata = file.metadata() or {}
+            if "frostline_delta" not in metadata:
+                raise ValueError("it holds plain weights; a delta is what `frostline export RUN FILE --delta` writes")
+            head = json.loads(metadata["frostline_delta"])
             values = {slice_from_json(p): file.get_tensor(name) for name, p in head["pieces"].items()}
         if head["schema"] != 1 or any(tuple(t.shape) != p.shape for p, t in values.items()):
             raise ValueError("its pieces do not have the shapes it says")
@@ -129,7 +132,10 @@ def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, tr
 
     Raises `ModelError` when the base is another one, when two deltas hold the same element, or one is damaged.
     """
-    target = _new_folder(out)
+    target, base = _new_folder(out), checkpoint_of(base)
+    twice = {str(d) for d in deltas if [*map(str, deltas)].count(str(d)) > 1}
+    if twice:
+        raise ModelError(f"{sorted(twice)[0]} is given twice")
     read = [read_delta(d) for d in deltas]
     _check_apart(read)
     # a run with bf16 weights has rounded its whole base, so the hashes in its delta are of the rounded one
@@ -185,7 +191,7 @@ def _check_base(model: nn.Module, base: str, delta: Delta) -> None:
     if wrong:
         raise ModelError(
             f"{base} is not the model that {delta.path} belongs to: {len(wrong)} of {len(delta.base)} pieces differ "
-            f"({', '.join(wrong[:3])})"
+            f"({', '.join(wrong[:3])}); give the model that its run started from"
         )
 
 
@@ -209,7 +215,7 @@ def _finished(run: str | Path) -> RunFolder:
     folder = RunFolder.open(run)
     state = folder.read_status()["state"]
     if state != "finished":
-        hint = f"; go on with `frostline resume {run}`" if state in ("interrupted", "running") else ""
+        hint = f"; go on with `frostline resume {run}`" if folder.has_recipe() else ""
         raise RunFolderError(f"{run} is not finished ({state}), so there is nothing to export{hint}")
     if not folder.model.is_dir():
         raise RunFolderError(f"{run} holds no model")

@@ -280,7 +280,8 @@ def _check_exists(source: str) -> None:
     path = Path(source)
     if path.exists():
         if path.is_dir() and not (path / "config.json").exists():
-            raise ModelError(f"{source} is no model folder: it has no config.json")
+            inside = f"; the model of this run folder is {path / 'model'}" if (path / "schedule.json").exists() else ""
+            raise ModelError(f"{source} is no model folder: it has no config.json{inside}")
         return
     if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source):
         raise ModelError(f"no model at {source}: there is no such folder")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def resume(
             raise RunFolderError(f"{run} is finished (after step {status['step']}): there is nothing to resume")
         recipe = load_recipe(folder.recipe)
         checkpoint = _newest(folder, say)
-        differences = [*_differences(folder, recipe), *(_edits(checkpoint, recipe) if checkpoint else [])]
+        differences = _differences(folder, recipe, checkpoint)
         if differences and not allow_inexact:
             raise RunFolderError(
                 "the run would not end with the same bytes, because these differ:\n  "
@@ -68,6 +68,8 @@ def resume(
             )
         for line in differences:
             say(f"inexact: {line}")
+        if status["state"] == "failed" and status.get("message"):
+            say(f"it had failed: {status['message']}")
         choice = read_choice(folder)
         if choice is None and wants_measurement(recipe):
             raise RunFolderError(f"{run} has lost {CHOICE}, which says which experts it chose to train")
@@ -75,9 +77,19 @@ def resume(
         with damaged_records(folder.path):
             state = _state(checkpoint, ready, folder) if checkpoint else None
         folder.rewind(state.records if state else {})
+        _remember(folder, differences, state.step if state else 0)
         folder.write_status("running", step=state.step if state else 0)
         say(f"going on after step {state.step}" if state else "no checkpoint was written yet: starting again")
         return carry_out(ready, folder, observers=observers, resumed=state)
+
+
+def _remember(folder: RunFolder, differences: list[str], step: int) -> None:
+    """Keep what differed in the run folder, for the audit, the report and the model card."""
+    if differences:
+        environment = folder.read_json("environment.json")
+        before = environment.get("resumed_inexactly", [])
+        environment["resumed_inexactly"] = [*before, {"step": step, "differences": differences}]
+        folder.write_json("environment.json", environment)
 
 
 def _newest(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint | None:
@@ -127,30 +139,54 @@ def _changed(ready: Ready, start: dict[str, str]) -> list[str]:
     return sorted(n for n in {*now, *start} if now.get(n) != start.get(n))
 
 
-def _differences(folder: RunFolder, recipe: Recipe) -> list[str]:
-    """What of software, machine and data is not as it was, as `what: old → new`."""
+def _differences(folder: RunFolder, recipe: Recipe, checkpoint: Checkpoint | None) -> list[str]:
+    """What of software, machine, data and recipe is not as it was, as `what: old → new`. Raises `RunFolderError` for
+    files that are gone."""
     then = folder.read_json("environment.json")
     base = recipe.model if isinstance(recipe.model, str) else None
     now = describe_environment(device=choose_device(recipe), data=files_to_hash(recipe.data), base=base)
+    _check_there(folder, recipe, then)
+    same = {key for key in ("data", "base") if then.get(key) and _hashes(then, key) == _hashes(now, key)}
     out = []
-    for key in MATTERS:
+    for key in (k for k in MATTERS if k not in same):
         old, new = _flat(key, then.get(key)), _flat(key, now.get(key))
         out += [f"{k}: {old.get(k)} → {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
-    return out
+    return [*out, *(_edits(checkpoint, recipe, moved=same) if checkpoint else [])]
+
+
+def _hashes(environment: Mapping[str, Any], key: str) -> list[str]:
+    return [row["sha256"] for row in environment.get(key, ())]
+
+
+def _check_there(folder: RunFolder, recipe: Recipe, then: Mapping[str, Any]) -> None:
+    """Raise `RunFolderError` naming what the recipe reads and is gone."""
+    named = [
+        *files_to_hash(recipe.data),
+        *([recipe.model] if then.get("base") and isinstance(recipe.model, str) else []),
+    ]
+    gone = [str(path) for path in named if not Path(path).exists()]
+    if gone:
+        raise RunFolderError(
+            f"{', '.join(gone[:3])}: what the run reads is not there any more. Put it back, or say in "
+            f"{folder.recipe} where it is now: the same bytes in another place are as good"
+        )
 
 
 FREE = ("checkpoint", "nonfinite", "spike")
 """Keys of a recipe that may be edited between a stop and a resume: they change no step that was done."""
+PLACES = {"data": ("data.train", "data.held_out"), "base": ("model",)}
+"""What was hashed → the keys that say where it is; they may be edited as long as the bytes there are the same."""
 
 
 MOST = 12
 """So many edited keys are listed."""
 
 
-def _edits(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+def _edits(checkpoint: Checkpoint, recipe: Recipe, *, moved: Iterable[str]) -> list[str]:
     """What of the recipe was edited since the checkpoint, as `key: old → new`."""
+    free = (*FREE, *(place for key in moved for place in PLACES[key]))
     then, now = (keys_of(r) for r in (checkpoint.data["recipe"], recipe.as_dict()))
-    keys = [k for k in dict.fromkeys([*then, *now]) if k.split(".")[0] not in FREE and then.get(k) != now.get(k)]
+    keys = [k for k in dict.fromkeys([*then, *now]) if not k.startswith(free) and then.get(k) != now.get(k)]
     more = [f"recipe: {len(keys) - MOST} more keys"] if len(keys) > MOST else []
     return [f"recipe {k}: {_value(then, k)} → {_value(now, k)}" for k in keys[:MOST]] + more
 

@@ -164,21 +164,37 @@ class RunFolder:
     def open(cls, path: str | Path) -> RunFolder:
         """An existing run folder. Raises `RunFolderError` when it is not one."""
         folder = cls(path)
-        if not folder.path.is_dir():
-            raise RunFolderError(f"no run folder at {path}")
+        folder._check_is_folder()
         if not (folder.path / "schedule.json").exists():
-            raise RunFolderError(f"{path} is no run folder: it has no schedule.json")
+            raise RunFolderError(f"{path} is no run folder: it has no schedule.json{folder._hint()}")
         return folder
 
     @classmethod
     def open_started(cls, path: str | Path) -> RunFolder:
         """A run folder that may not have begun to train. Raises `RunFolderError` when it was not made by `train`."""
         folder = cls(path)
-        if not folder.path.is_dir():
-            raise RunFolderError(f"no run folder at {path}")
+        folder._check_is_folder()
         if not folder.recipe.exists() or not (folder.path / "environment.json").exists():
-            raise RunFolderError(f"{path} is no run that can be resumed: it has no recipe.yaml or environment.json")
+            raise RunFolderError(
+                f"{path} is no run that can be resumed: it has no recipe.yaml or environment.json{folder._hint()}"
+            )
         return folder
+
+    def _check_is_folder(self) -> None:
+        if self.path.is_file():
+            raise RunFolderError(
+                f"{self.path} is a file; a run folder is what `frostline train RECIPE --out RUN` writes"
+            )
+        if not self.path.is_dir():
+            raise RunFolderError(f"no run folder at {self.path}")
+
+    def _hint(self) -> str:
+        """Where a run folder lies near a folder that is none."""
+        above = self.path.resolve().parent
+        below = sorted(p.parent.name for p in self.path.glob("*/schedule.json"))[:3]
+        if (above / "schedule.json").exists():
+            return f"; {above} is one"
+        return f"; inside it are {', '.join(below)}" if below else ""
 
     def entry(self, stage: int) -> Path:
         """The file with the values that stage `stage` (0-based) starts to train."""

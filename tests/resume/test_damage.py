@@ -168,6 +168,36 @@ def test_changed_data_are_refused_with_old_and_new(tmp_path: Path) -> None:
     said: list[str] = []
     assert resume(tmp_path / "cut", allow_inexact=True, say=said.append).state == "finished"
     assert any(line.startswith("inexact: data") for line in said)
+    (told,) = [e for e in audit(tmp_path / "cut").evidence if "--allow-inexact" in e.claim]
+    assert told.measured.startswith("after step 6: data ")
+    assert told.passed
+
+
+def test_data_and_base_that_were_moved_are_as_good_and_those_that_are_gone_are_named(
+    tmp_path: Path, stopped: Path
+) -> None:
+    base = shutil.copytree(stopped / "whole" / "model", tmp_path / "base")
+    made = tiny.recipe(tmp_path, model=str(base), stages=STAGES, eval={"batches": 1})
+    train(made, out=tmp_path / "whole")
+    train(made, out=tmp_path / "cut", observers=[stop_after(6)])
+    (tmp_path / "elsewhere").mkdir()
+    for old in (base, tmp_path / "text.txt"):
+        shutil.move(old, tmp_path / "elsewhere" / old.name)
+    with pytest.raises(RunFolderError, match=r"text\.txt, .*base: what the run reads is not there any more"):
+        resume(tmp_path / "cut", allow_inexact=True)
+    recipe_file = tmp_path / "cut" / "recipe.yaml"
+    recipe_file.write_text(recipe_file.read_text().replace(str(tmp_path), str(tmp_path / "elsewhere")))
+    resume(tmp_path / "cut")
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+
+
+def test_a_folder_that_is_no_run_says_where_one_is(cut: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"model is no run that can be resumed.*; .*cut is one"):
+        resume(cut / "model")
+    with pytest.raises(RunFolderError, match=r"no run folder: it has no schedule.json; inside it are .*cut"):
+        audit(cut.parent)
+    with pytest.raises(RunFolderError, match=r"recipe\.yaml is a file; a run folder is what `frostline train"):
+        audit(cut / "recipe.yaml")
 
 
 def test_other_versions_and_threads_are_refused_by_name(cut: Path) -> None:

@@ -6,7 +6,7 @@ import math
 
 from frostline.anatomy import Anatomy, Slice, intersect, reaches_outside, subtract_all
 from frostline.audit.states import States
-from frostline.audit.steps import steps_evidence
+from frostline.audit.steps import inexact_resumes, steps_evidence
 from frostline.audit.verdicts import RAN_TO_ITS_END, Basis, Evidence, Row
 from frostline.choices import contradictions, read_choice
 from frostline.environment import hash_file
@@ -56,9 +56,10 @@ def evidence_of(
 
     status = folder.read_status()
     step = status["step"]
+    again = f"; `frostline resume {folder.path}` goes on" if folder.has_recipe() else ""
     how = {
-        "running": ", then it was killed, or it is under way",
-        "failed": f", then it failed: {status.get('message')}",
+        "running": f", then it was killed, or it is under way{again}",
+        "failed": f", then: {status.get('message')}{again}",
     }
     ends = boundaries[-1].hashes if boundaries else {}
     has_model = folder.model.exists() or folder.has_recipe()  # a loop of the user's need not save one
@@ -90,6 +91,7 @@ def evidence_of(
         _finite(folder),
         _strays(folder, anatomy, stages),
         *steps_evidence(folder),
+        *inexact_resumes(folder),
         *_lost_updates(folder, stages),
         *([_past_stops(folder, anatomy, stages, pieces)] if any(cut_off(s, anatomy) for s in stages) else []),
     ]

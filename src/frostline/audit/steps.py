@@ -99,3 +99,22 @@ def _inconsistent(rows: list[dict[str, Any]]) -> Iterator[str]:
             if row["step"] != done + 1:
                 yield f"step {row['step']} follows step {done}"
             done = row["step"]
+
+
+def inexact_resumes(folder: RunFolder) -> list[Evidence]:
+    """What differed when the run was resumed all the same; it is not the run that it would have been without a stop."""
+    if not folder.has_recipe():
+        return []
+    resumes = folder.read_json("environment.json").get("resumed_inexactly", [])
+    each = [f"after step {r['step']}: {', '.join(r['differences'])}" for r in resumes]
+    if not each:
+        return []
+    return [
+        Evidence(
+            claim="resumed although something differed (--allow-inexact)",
+            expected="as it was said then",
+            measured="; ".join(each),
+            passed=True,
+            basis="recorded",
+        )
+    ]

@@ -14,6 +14,9 @@ from frostline.errors import ModelError
 if TYPE_CHECKING:
     from frostline.run import RunResult
 
+_EXIT = {"passed": 0, "interrupted": INTERRUPTED, "failed": 1}
+"""Verdict of an audit → exit code."""
+
 
 @app.command()
 @errors_for_people
@@ -90,7 +93,7 @@ def audit(
         print_json(audit_to_json(result))
     else:
         print_audit(make_console(), result)
-    raise typer.Exit({"passed": 0, "interrupted": INTERRUPTED, "failed": 1}[result.verdict])
+    raise typer.Exit(_EXIT[result.verdict])
 
 
 @app.command()
@@ -99,13 +102,13 @@ def report(
     run_folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
     out: Annotated[Path | None, typer.Option("--out", help="The page to write; RUN/report.html when left out.")] = None,
 ) -> None:
-    """Write one self-contained page about a run; exit code 1 when its audit fails."""
+    """Write one self-contained page about a run; the exit code is that of its audit."""
     from frostline.audit import audit as audit_run
     from frostline.experiment.report import write_report
 
     audited = audit_run(run_folder)
     typer.echo(f"report: {write_report(run_folder, to=out, audited=audited)}")
-    raise typer.Exit(0 if audited.passed else 1)
+    raise typer.Exit(_EXIT[audited.verdict])
 
 
 @app.command()
