@@ -397,7 +397,7 @@ def make_schedule(
         (stage_name(recipe, i), spec, s) for i, (spec, s) in enumerate(zip(recipe.stages, selections, strict=True))
     ]
     try:
-        schedule = Schedule.of(named, step_size=size, across=recipe.lr_across)
+        schedule = Schedule.of(named, step_size=size, across=recipe.lr_across, at_switch=recipe.evidence.at_switch)
     except RouteError as error:
         raise RecipeError(str(error)) from None
     for stage in schedule.stages:

@@ -213,18 +213,28 @@ class RunFolder:
         return anatomy_from_json(self.read_json("anatomy.json"))
 
     def write_schedule(
-        self, stages: list[StageRecord], *, step_size: Mapping[str, int] | None = None, loop: str = "recipe"
+        self,
+        stages: list[StageRecord],
+        *,
+        step_size: Mapping[str, int] | None = None,
+        loop: str = "recipe",
+        at_switch: str = "everything",
     ) -> None:
         """Write `schedule.json`.
 
         `step_size`: tokens and rows per step, and rows of the training data. `loop`: `own` for a loop of the user's.
+        `at_switch`: what is hashed and kept between two stages.
         """
         rows = [{**asdict(s), "learning": [slice_to_json(p) for p in s.learning]} for s in stages]
-        self.write_json("schedule.json", {"loop": loop, "step_size": step_size, "stages": rows})
+        self.write_json("schedule.json", {"loop": loop, "step_size": step_size, "at_switch": at_switch, "stages": rows})
 
     def has_recipe(self) -> bool:
         """Whether the run was made from a recipe: not one of `train_loop` by itself, or of a loop of the user's."""
         return (self.path / "environment.json").exists() and self.read_json("schedule.json")["loop"] == "recipe"
+
+    def keeps_all_at_switches(self) -> bool:
+        """Whether every tensor is hashed at every switch, and every value kept that a stage starts to train."""
+        return bool(self.read_json("schedule.json").get("at_switch", "everything") == "everything")
 
     def read_step_size(self) -> dict[str, int] | None:
         """What tokens and epochs were turned into steps with; None where every duration is in steps."""

@@ -82,11 +82,15 @@ def _stage_rows(stages: Sequence[StagePlan]) -> Iterator[tuple[str, ...]]:
 
 def _switch_line(plan: Plan) -> str:
     """What it costs to go from one stage to the next, beside the optimizer that is made anew."""
-    written = [s.evidence_bytes for s in plan.stages[1:]]
-    entry = format_bytes(min(written)) + (f" to {format_bytes(max(written))}" if len(set(written)) > 1 else "")
+
+    def spread(values: list[int]) -> str:
+        low, high = format_bytes(min(values)), format_bytes(max(values))
+        return low if low == high else f"{low} to {high}"
+
+    hashed, written = [s.hashed_bytes for s in plan.stages[:-1]], [s.evidence_bytes for s in plan.stages[1:]]
     return (
-        f"each of {len(plan.stages) - 1} switches hashes {format_bytes(plan.stages[0].cost.weight_bytes)} and writes "
-        f"{entry} of entry values, and a checkpoint of what has learned with its optimizer state"
+        f"each of {len(hashed)} switches hashes {spread(hashed)} and writes {spread(written)} of entry values, and a "
+        "checkpoint of what has learned with its optimizer state"
     )
 
 

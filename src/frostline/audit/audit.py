@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ def _audit(folder: RunFolder) -> Audit:
     anatomy, stages = folder.read_anatomy(), folder.read_schedule()
     boundaries = folder.read_boundaries()
     check_records(anatomy, stages, boundaries)
+    if not folder.keeps_all_at_switches():
+        boundaries = carried(boundaries, stages)
     pieces = _pieces(anatomy, stages)
     states = States(folder, anatomy, pieces, n_stages=len(stages))
     gradients, updates = _gradient_norms(folder, len(stages)), _updates(folder, len(stages))
@@ -72,6 +74,20 @@ def _audit(folder: RunFolder) -> Audit:
         evidence=tuple(evidence),
         interrupted=folder.read_status()["state"] == "interrupted",
     )
+
+
+def carried(boundaries: list[Boundary], stages: list[StageRecord]) -> list[Boundary]:
+    """Boundaries with the hashes that were not taken at a switch, because a piece learned neither before nor after it.
+
+    They are those from before: a frozen piece that moved shows at the next switch that hashes it, or at the end.
+    """
+    out = boundaries[:1]
+    for b in boundaries[1:]:
+        due = {str(p) for s in stages[b.index - 1 : b.index + 1] for p in s.learning}
+        ended = b.index == len(stages)
+        kept = {} if ended else {n: h for n, h in out[-1].hashes.items() if n not in due}
+        out.append(replace(b, hashes={**kept, **b.hashes}))
+    return out
 
 
 def _pieces(anatomy: Anatomy, stages: list[StageRecord]) -> dict[str, Slice]:

@@ -76,7 +76,7 @@ def evidence_of(
         ),
         _check(
             "kept entry values that contradict the recorded hashes",
-            _mismatches(boundaries, states, stages),
+            _mismatches(boundaries, states, stages, all_kept=folder.keeps_all_at_switches()),
             "recomputed",
         ),
         _check(
@@ -251,11 +251,16 @@ def _finite(folder: RunFolder) -> Evidence:
     return _check("recorded gradients that are not finite", bad, "recorded")
 
 
-def _mismatches(boundaries: list[Boundary], states: States, stages: list[StageRecord]) -> list[str]:
-    """Pieces whose kept entry value is missing or does not hash to what the boundary before the stage recorded."""
-    out = []
+def _mismatches(boundaries: list[Boundary], states: States, stages: list[StageRecord], *, all_kept: bool) -> list[str]:
+    """Pieces whose kept entry value is missing or does not hash to what the boundary before the stage recorded.
+
+    `all_kept`: not only where a piece learns for the first time.
+    """
+    out, known = [], set[str]()
     for stage in stages[: max(len(boundaries) - 1, 0)]:
         hashes = states.entry_hashes[stage.index]
         recorded = boundaries[stage.index].hashes
-        out += [f"{s} (stage {stage.name})" for s in map(str, stage.learning) if hashes.get(s) != recorded.get(s)]
+        due = [s for s in map(str, stage.learning) if all_kept or s not in known or s in hashes]
+        out += [f"{s} (stage {stage.name})" for s in due if hashes.get(s) != recorded.get(s)]
+        known |= set(map(str, stage.learning))
     return out

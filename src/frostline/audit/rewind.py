@@ -17,12 +17,15 @@ def rewind(model: nn.Module, run: RunFolder, stage: int) -> None:
     What a stage did not train did not change in it, so the entry values of the stages from the last one down to
     `stage` are all there is to put back. Raises `RunFolderError` when the result is not what was recorded then.
     """
+    if stage and not run.keeps_all_at_switches():
+        raise RunFolderError(f"{run.path} keeps no values of the stages in between (evidence.at_switch: changing)")
     anatomy, stages, boundaries = run.read_anatomy(), run.read_schedule(), run.read_boundaries()
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     for record in reversed(stages[stage : len(boundaries) - 1]):
         with torch.no_grad(), safe_open(run.entry(record.index), framework="pt") as file:
-            for piece in record.learning:
+            kept = set(file.keys())
+            for piece in (p for p in record.learning if str(p) in kept):
                 put(tensors[piece.tensor], piece, file.get_tensor(str(piece)))
     recorded = boundaries[stage].hashes
     pieces = [s for c in anatomy.components for s in c.slices if s.tensor not in anatomy.ties]

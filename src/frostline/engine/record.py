@@ -7,7 +7,7 @@ so that in every stage a piece learns as a whole or not at all. Read `Recorder` 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Literal
 
@@ -76,6 +76,7 @@ class Recorder:
         self.learning = [
             tuple(p for p in self.pieces if p in s.by_rule or s.selection.within(p)) for s in schedule.stages
         ]
+        self.at_switch = schedule.at_switch
         self._hashes: list[dict[str, str]] = []
         self._norms: dict[str, list[float | None]] = {}
         self._updates: dict[str, tuple[int, int]] = {}
@@ -91,6 +92,7 @@ class Recorder:
             [self._stage_record(s) for s in schedule.stages],
             step_size=None if size is None else asdict(size),
             loop=self.loop,
+            at_switch=self.at_switch,
         )
 
     def _stage_record(self, stage: Stage) -> StageRecord:
@@ -105,10 +107,13 @@ class Recorder:
             settings=stage.spec.model_dump(mode="json") if self.loop == "recipe" else {},
         )
 
-    def boundary(self, index: int, *, step: int, derived: tuple[str, ...] = ()) -> None:
-        """Record the hash of every piece."""
+    def boundary(self, index: int, *, step: int, derived: tuple[str, ...] = (), between: bool = False) -> None:
+        """Record the hash of every piece; `between` two stages that run to their ends, as the recipe says."""
         tensors = named_tensors(self.model)
-        hashes = {str(p): fingerprint(take(tensors[p.tensor], p)) for p in self.pieces}
+        pieces: Iterable[Slice] = self.pieces
+        if between and self.at_switch == "changing":
+            pieces = dict.fromkeys((*self.learning[index - 1], *self.learning[index]))
+        hashes = {str(p): fingerprint(take(tensors[p.tensor], p)) for p in pieces}
         self._hashes = [*self._hashes[-1:], hashes]
         self.folder.write_boundary(Boundary(index=index, step=step, hashes=hashes, derived=derived))
 
@@ -143,10 +148,18 @@ class Recorder:
         tensors = named_tensors(self.model)
         values = {
             str(p): take(tensors[p.tensor].detach(), p).cpu().clone(memory_format=torch.contiguous_format)
-            for p in self.learning[stage.index]
+            for p in self._kept_at(stage)
         }
         with storage_errors(self.folder.entry(stage.index)):
             save_file(values, self.folder.entry(stage.index))
+
+    def _kept_at(self, stage: Stage) -> Iterable[Slice]:
+        """What of a stage's entry values is kept."""
+        pieces = self.learning[stage.index]
+        if self.at_switch == "everything":
+            return pieces
+        before = {p for earlier in self.learning[: stage.index] for p in earlier}
+        return [p for p in pieces if p not in before]
 
     def put_entry(self, stage: Stage) -> None:
         """Put back what `stage` started to train. Raises `RunFolderError` unless it is what was recorded then."""

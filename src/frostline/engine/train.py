@@ -316,7 +316,7 @@ def _proved(
 def _end_stage(schedule: Schedule, index: int, recorder: Recorder, *, n_skipped: int) -> StageEnded:
     """Write the evidence of a stage that ended; what follows is laid anew when that was before its time."""
     stage = schedule.stages[index]
-    recorder.boundary(index + 1, step=stage.end)
+    recorder.boundary(index + 1, step=stage.end, between=index + 1 < len(schedule.stages))
     if n_skipped:
         recorder.lay(schedule)
     following = schedule.stages[index + 1] if index + 1 < len(schedule.stages) else None

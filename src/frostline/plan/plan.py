@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, find_blocks
+from frostline.anatomy import Anatomy, Slice, find_blocks, subtract_all
 from frostline.engine import How, Points, choose_loss, place
 from frostline.engine.documents import use_document_attention
 from frostline.engine.recompute import recompute_blocks
@@ -72,6 +72,9 @@ class Batching:
         return replace(self, rows=rows, length=length, shape=None, largest=None)
 
 
+Slices = tuple[Slice, ...]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
     """The prediction for one stage."""
@@ -86,6 +89,8 @@ class StagePlan:
     """Of one optimizer step."""
     evidence_bytes: int
     """Entry values that the run folder keeps for the audit."""
+    hashed_bytes: int
+    """What is hashed when the stage ends; after the last one everything."""
     prefix_bytes: int
     """What a cache of the activations at the frontier would hold for all training rows; 0 where nothing is below it,
     or where no data is known."""
@@ -107,8 +112,8 @@ class Plan:
 
     @property
     def hashed_bytes(self) -> int:
-        """What is hashed for the evidence: every tensor at the start and at the end of every stage."""
-        return (len(self.stages) + 1) * self.stages[0].cost.weight_bytes
+        """What is hashed for the evidence, at the start and at the end of every stage."""
+        return self.stages[0].cost.weight_bytes + sum(s.hashed_bytes for s in self.stages)
 
     @property
     def peak_bytes(self) -> int:
@@ -163,7 +168,9 @@ def make_plan(
     n_tokens = round((schedule.step_size.n_rows if schedule.step_size else 0) * batching.tokens_per_row)
     types = getattr(model.config.get_text_config(), "layer_types", None)  # type: ignore[union-attr, operator]
     costs = costs_of(schedule, cost_of, builds(anatomy, tuple(types) if types else None))
-    stages = [_stage_plan(s, c, n_tokens=n_tokens) for s, c in zip(schedule.stages, costs, strict=True)]
+    evidence = evidence_of(schedule, costs[0].weight_bytes)
+    rows = zip(schedule.stages, costs, evidence, strict=True)
+    stages = [_stage_plan(s, c, e, n_tokens=n_tokens) for s, c, e in rows]
     return Plan(
         model_type=anatomy.model_type, n_parameters=anatomy.n_parameters, batching=batching, stages=tuple(stages)
     )
@@ -229,14 +236,35 @@ def like(stage: Stage, *, learn: bool = True) -> str:
     return stage.spec.model_copy(update=other).model_dump_json()
 
 
-def _stage_plan(stage: Stage, cost: StageCost, *, n_tokens: int) -> StagePlan:
+def evidence_of(schedule: Schedule, weight_bytes: int) -> Iterator[tuple[int, int]]:
+    """Of every stage: bytes of the entry values that are kept, and bytes that are hashed when it ends."""
+    known: Slices = ()
+    for stage in schedule.stages:
+        after = schedule.stages[stage.index + 1] if stage.index + 1 < len(schedule.stages) else None
+        if schedule.at_switch == "everything":
+            yield stage.selection.n_bytes, weight_bytes
+            continue
+        mine = stage.selection.slices
+        new = subtract_all(mine, known)
+        known = (*known, *new)
+        learned_next = subtract_all(after.selection.slices, mine) if after else ()
+        yield _n_bytes(stage, new), _n_bytes(stage, (*mine, *learned_next)) if after else weight_bytes
+
+
+def _n_bytes(stage: Stage, slices: Slices) -> int:
+    tensors = stage.selection.anatomy.tensor
+    return sum(s.n_elements * tensors[s.tensor].element_bytes for s in slices)
+
+
+def _stage_plan(stage: Stage, cost: StageCost, evidence: tuple[int, int], *, n_tokens: int) -> StagePlan:
     return StagePlan(
         name=stage.name,
         learn=stage.selection.expression,
         n_steps=stage.n_steps,
         n_learning=stage.selection.n_elements,
         cost=cost,
-        evidence_bytes=stage.selection.n_bytes,
+        evidence_bytes=evidence[0],
+        hashed_bytes=evidence[1],
         prefix_bytes=cost.prefix_bytes_per_token * n_tokens,
     )
 

@@ -110,6 +110,10 @@ class EvidenceSpec(Record):
     flow_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between measurements of where gradients go (at block boundaries; bias against no stops); two further
     backward passes each. When left out: every 50, if a stage has routes or local losses, else never."""
+    at_switch: Literal["everything", "changing"] = "everything"
+    """What is hashed between two stages. `everything`: every tensor, and the values that the next stage starts to train
+    are kept. `changing`: only what has learned or is about to, and values are kept only where a part learns for the
+    first time; the rest is hashed at the start and the end of the run. For runs of many stages."""
 
 
 class Recipe(Record):
@@ -252,6 +256,16 @@ class Recipe(Record):
                     f"stages[{i}].plateau can never end the stage: every × (patience + 1) "
                     f"({stage.plateau.every} × {stage.plateau.patience + 1}) must be less than its {longest} steps"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _going_back_needs_what_a_stage_started_with(self) -> Recipe:
+        policies = (self.nonfinite.policy, self.spike.policy if self.spike else None)
+        if self.evidence.at_switch == "changing" and "rollback" in policies:
+            raise ValueError(
+                "evidence.at_switch: changing does not keep what a stage started with, to which a rollback may have to "
+                "go back; drop one of the two"
+            )
         return self
 
     @model_validator(mode="after")

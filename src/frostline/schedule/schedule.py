@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from frostline.anatomy import Slice
 from frostline.errors import RouteError
@@ -16,6 +17,9 @@ from frostline.recipe import PlateauSpec, RunRateSpec, StageSpec
 from frostline.schedule.groups import Group, make_groups
 from frostline.schedule.routes import Route, make_routes
 from frostline.selection import Selection, buffers_by_rule
+
+AtSwitch = Literal["everything", "changing"]
+"""What is hashed at a switch: every tensor, or what has learned or is about to; see `EvidenceSpec.at_switch`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +79,8 @@ class Schedule:
     """The course of the learning rate across the run, in place of the stages' own."""
     step_size: StepSize | None = None
     """What tokens and epochs were turned into steps with."""
+    at_switch: AtSwitch = "everything"
+    """What is hashed and kept between two stages."""
 
     def __post_init__(self) -> None:
         ends = [0, *(s.end for s in self.stages)]
@@ -117,6 +123,7 @@ class Schedule:
         *,
         step_size: StepSize | None = None,
         across: RunRateSpec | None = None,
+        at_switch: AtSwitch = "everything",
     ) -> Schedule:
         """Lay stages (name, settings, what learns) one after another.
 
@@ -146,7 +153,7 @@ class Schedule:
                 )
             )
             start += n_steps
-        return cls(stages=tuple(stages), across=across, step_size=step_size)
+        return cls(stages=tuple(stages), across=across, step_size=step_size, at_switch=at_switch)
 
 
 def _course(done: int, n_steps: int, warmup: int, decay: str) -> float:
