@@ -29,6 +29,7 @@ ROWS: dict[str, float] = {
     "export": 7.5,
     "saver": 6,
     "feed": 6.2,
+    "sets": 6.3,
     "expansion": 6,
     "levers": 6.5,
     "run": 7,

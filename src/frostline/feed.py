@@ -24,6 +24,7 @@ from frostline.data import (
     Layout,
     PackedRows,
     PaddedRows,
+    Pieces,
     Rows,
     RowSource,
     Store,
@@ -35,6 +36,8 @@ from frostline.data import (
     train_byte_bpe,
 )
 from frostline.data.caching import load_store
+from frostline.data.pieces import Long
+from frostline.data.store import Ints
 from frostline.data.templates import read_template
 from frostline.engine.apart import keep_apart, padding_changes
 from frostline.engine.documents import use_document_attention
@@ -88,6 +91,9 @@ class Feed:
     """On the average, padding not counted."""
     cutting: dict[str, Cutting]
     """`train` and `held_out` → what became of their documents; empty for a stream."""
+    held_out_store: Store
+    held_out_documents: Ints
+    """Documents of it that are held out; in a stream, those that begin in what is."""
     found: tuple[FileTally, ...] = ()
     """What the files were, held-out ones too."""
 
@@ -137,7 +143,7 @@ def layout_of(data: DataSpec, formats: set[str], *, everything_learns: bool) -> 
     return data.layout or ("stream" if formats <= {"", "text", "tokens"} and everything_learns else "packed")
 
 
-def long_of(data: DataSpec, *, everything_learns: bool) -> Literal["split", "truncate", "drop"]:
+def long_of(data: DataSpec, *, everything_learns: bool) -> Long:
     """What becomes of a document that is longer than a row."""
     return data.long or ("split" if everything_learns else "truncate")
 
@@ -150,7 +156,7 @@ def _store(recipe: Recipe, paths: Any, tokenizer: Any, tally: Tally, say: Say) -
 def _streamed(recipe: Recipe, store: Store, apart: Store | None) -> Feed:
     """All text in one stream; what is held out is its end, or a stream of its own."""
     data = recipe.data
-    rows = whole = _stream(store, data.length)
+    rows = whole = stream_of(store, data.length)
     needed = 1 if apart else 2
     if len(rows) < needed:
         raise DataError(
@@ -161,7 +167,7 @@ def _streamed(recipe: Recipe, store: Store, apart: Store | None) -> Feed:
         assert isinstance(data.held_out, float)
         rows, held_out = rows.split_end(data.held_out)
     else:
-        held_out = _stream(apart, data.length)
+        held_out = stream_of(apart, data.length)
     if not len(held_out):
         assert not isinstance(data.held_out, float)
         raise DataError(
@@ -176,11 +182,26 @@ def _streamed(recipe: Recipe, store: Store, apart: Store | None) -> Feed:
         text=whole,
         tokens_per_step=data.batch * data.length,
         cutting={},
+        held_out_store=apart or store,
+        held_out_documents=np.arange(apart.n_documents) if apart else _begin_in_the_end(store, len(rows) * data.length),
     )
 
 
-def _stream(store: Store, length: int) -> Rows:
-    return Rows(store.tokens, length, store.learns)
+def _begin_in_the_end(store: Store, start: int) -> Ints:
+    return np.flatnonzero(store.offsets.numpy()[:-1] >= start)
+
+
+def stream_of(store: Store, length: int, documents: Ints | None = None, *, n_tokens: int | None = None) -> Rows:
+    """All documents in one stream, or some of them, as many as hold `n_tokens`."""
+    if documents is None:
+        return Rows(store.tokens, length, store.learns)
+    enough = documents[: 1 + int(np.searchsorted(np.cumsum(store.lengths[documents]), n_tokens or np.inf))]
+    begins, ends = store.offsets.numpy()[enough], store.offsets.numpy()[enough + 1]
+    places = [slice(b, e) for b, e in zip(begins, ends, strict=True)]
+    if not places:
+        return Rows(store.tokens[:0], length)
+    learns = None if store.learns is None else torch.cat([store.learns[p] for p in places])
+    return Rows(torch.cat([store.tokens[p] for p in places]), length, learns)
 
 
 def _laid(recipe: Recipe, layout: Literal["packed", "padded", "flat"], store: Store, apart: Store | None) -> Feed:
@@ -192,37 +213,46 @@ def _laid(recipe: Recipe, layout: Literal["packed", "padded", "flat"], store: St
         assert isinstance(data.held_out, float)
         chosen = spread(store.n_documents, data.held_out)
         rest = np.setdiff1d(np.arange(store.n_documents), chosen)
-        pieces, held_out = cut(store, data.length, long, rest), cut(store, data.length, long, chosen)
     else:
-        pieces, held_out = cut(store, data.length, long), cut(apart, data.length, long)
-    for name, found in (("train", pieces), ("held_out", held_out)):
-        if not len(found):
+        chosen, rest = np.arange(apart.n_documents), np.arange(store.n_documents)
+    train, pieces = lay(recipe, layout, kept_by, store, long, rest)
+    held_out, held_out_pieces = lay(recipe, layout, kept_by, apart or store, long, chosen)
+    cutting = {"train": pieces.cutting, "held_out": held_out_pieces.cutting}
+    for name, found in cutting.items():
+        if not found.pieces:
             raise DataError(
-                f"too little text in {name}: {found.cutting.documents} documents, of which nothing can be learnt "
-                f"({found.cutting.without_target} pieces without a target; long documents: {long})"
+                f"too little text in {name}: {found.documents} documents, of which nothing can be learnt "
+                f"({found.without_target} pieces without a target; long documents: {long})"
             )
-
-    def rows(of: Any) -> RowSource:
-        match layout:
-            case "packed":
-                assert kept_by is not None
-                return PackedRows.of(of, data.length, seed=recipe.seed, kept_by=kept_by)
-            case "flat":
-                assert kept_by is not None
-                return FlatRows(of, kept_by)
-            case "padded":
-                return PaddedRows(of)
-
-    train = rows(pieces)
     return Feed(
         layout=layout,
         kept_by=kept_by,
         train=train,
-        held_out=rows(held_out),
-        text=_stream(store, data.length),
+        held_out=held_out,
+        text=stream_of(store, data.length),
         tokens_per_step=max(1, round(int(pieces.lengths.sum()) / len(train) * data.batch)),
-        cutting={"train": pieces.cutting, "held_out": held_out.cutting},
+        cutting=cutting,
+        held_out_store=apart or store,
+        held_out_documents=chosen,
     )
+
+
+def lay(
+    recipe: Recipe, layout: Layout, kept_by: Kept | None, store: Store, long: Long, documents: Ints
+) -> tuple[RowSource, Pieces]:
+    """Some documents in rows of whole ones."""
+    pieces = cut(store, recipe.data.length, long, documents)
+    match layout:
+        case "packed":
+            assert kept_by is not None
+            return PackedRows.of(pieces, recipe.data.length, seed=recipe.seed, kept_by=kept_by), pieces
+        case "flat":
+            assert kept_by is not None
+            return FlatRows(pieces, kept_by), pieces
+        case "padded":
+            return PaddedRows(pieces), pieces
+        case "stream":
+            raise AssertionError("a stream has no whole documents")
 
 
 def _kept_by(recipe: Recipe, layout: Layout) -> Kept | None:
@@ -283,7 +313,7 @@ def batches_of(recipe: Recipe, rows: RowSource, device: torch.device) -> Callabl
 
 
 def held_out_batches(recipe: Recipe, rows: RowSource, device: torch.device) -> list[Batch]:
-    """The first `eval.batches` held-out batches, the last one possibly smaller."""
+    """The first `eval.batches` batches of rows, the last one possibly smaller."""
     size = recipe.data.batch
     n = min(len(rows), size * recipe.eval.batches)
     return [rows.batch(range(at, min(at + size, n))).to(device) for at in range(0, n, size)]

@@ -144,7 +144,8 @@ def _differences(folder: RunFolder, recipe: Recipe, checkpoint: Checkpoint | Non
     files that are gone."""
     then = folder.read_json("environment.json")
     base = recipe.model if isinstance(recipe.model, str) else None
-    now = describe_environment(device=choose_device(recipe), data=files_to_hash(recipe.data), base=base)
+    files = files_to_hash(recipe.data, *(recipe.eval.keep or ()))
+    now = describe_environment(device=choose_device(recipe), data=files, base=base)
     _check_there(folder, recipe, then)
     same = {key for key in ("data", "base") if then.get(key) and _hashes(then, key) == _hashes(now, key)}
     out = []
@@ -161,7 +162,7 @@ def _hashes(environment: Mapping[str, Any], key: str) -> list[str]:
 def _check_there(folder: RunFolder, recipe: Recipe, then: Mapping[str, Any]) -> None:
     """Raise `RunFolderError` naming what the recipe reads and is gone."""
     named = [
-        *files_to_hash(recipe.data),
+        *files_to_hash(recipe.data, *(recipe.eval.keep or ())),
         *([recipe.model] if then.get("base") and isinstance(recipe.model, str) else []),
     ]
     gone = [str(path) for path in named if not Path(path).exists()]

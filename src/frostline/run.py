@@ -39,6 +39,7 @@ from frostline.engine import (
     train_loop,
 )
 from frostline.engine.compiled import Compiled, check_compiles
+from frostline.engine.evaluation import EvalSet
 from frostline.engine.load_log import log_load
 from frostline.engine.recompute import recompute_blocks
 from frostline.engine.run_state import RunState
@@ -74,6 +75,7 @@ from frostline.run_folder import RunFolder, State, storage_errors, write_text
 from frostline.saver import Saver
 from frostline.schedule import Schedule, StepSize, make_groups
 from frostline.selection import Selection, select
+from frostline.sets import eval_sets, held_out_bytes
 
 FLOW_EVERY = 50
 """Steps between measurements of where gradients go, in a run with gradient routes whose recipe does not say."""
@@ -145,6 +147,8 @@ class Ready:
     """The next-token loss, in the way that pays."""
     compiled: Compiled | None
     plan: Plan | None
+    sets: tuple[EvalSet, ...] = ()
+    """What is measured beside the held-out data."""
 
 
 def make_ready(
@@ -176,7 +180,17 @@ def make_ready(
     for i, stage in enumerate(plan.stages if plan else ()):
         if not stage.cost.gradient_bytes:
             raise RecipeError(f"stages[{i}]: nothing of `{stage.learn}` gets a gradient: its routes cut all of it off")
-    return Ready(prepared=prepared, model=model, device=device, points=points, loss=loss, compiled=compiled, plan=plan)
+    sets = eval_sets(recipe, prepared.feed, prepared.tokenizer, device, say=say)
+    return Ready(
+        prepared=prepared,
+        model=model,
+        device=device,
+        points=points,
+        loss=loss,
+        compiled=compiled,
+        plan=plan,
+        sets=sets,
+    )
 
 
 def carry_out(
@@ -472,7 +486,9 @@ def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
         {
             "run": uuid4().hex,
             "rows": prepared.feed.to_json(),
-            **describe_environment(device=choose_device(recipe), data=files_to_hash(recipe.data), base=base),
+            **describe_environment(
+                device=choose_device(recipe), data=files_to_hash(recipe.data, *(recipe.eval.keep or ())), base=base
+            ),
         },
     )
     return folder
@@ -502,6 +518,8 @@ def loop_settings(ready: Ready, cache: PrefixCache | None = None) -> LoopSetting
         notes=[note] if (note := dtype_note(recipe)) else [],
         device=ready.device,
         eval_every=recipe.eval.every,
+        also=ready.sets,
+        held_out_bytes=held_out_bytes(recipe, ready.prepared.feed),
         gradients_every=recipe.evidence.gradients_every,
     )
 

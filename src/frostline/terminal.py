@@ -6,6 +6,7 @@ Equal layers and experts are folded into one line, written so that it can be pas
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,6 +24,7 @@ from frostline.engine import (
     Noted,
     RolledBack,
     RunStarted,
+    SetEvaluated,
     StageCompiled,
     StageEnded,
     StageStarted,
@@ -390,7 +392,11 @@ class ProgressLines:
                 self.console.print(line, highlight=False, soft_wrap=True, markup=False)
                 self.progress.update(self.task, completed=event.to)
             case Evaluated():
-                self.console.print(f"  step {event.step:>5}  held-out loss {event.held_out_loss:.4f}", highlight=False)
+                line = _measured_line(event.step, "held-out", event.held_out_loss, event.bits_per_byte)
+                self.console.print(line, highlight=False)
+            case SetEvaluated():
+                line = _measured_line(event.step, event.name, event.loss, event.bits_per_byte)
+                self.console.print(line, highlight=False, markup=False)
             case StageCompiled():
                 self.console.print(_compiled_line(event), highlight=False)
             case Noted():
@@ -472,3 +478,9 @@ def _ended_line(event: StageEnded, seconds: float) -> str:
     if event.following is not None:
         line += f"; {event.following.name} needs {format_bytes(event.following_bytes)} beside the weights"
     return line
+
+
+def _measured_line(step: int, name: str, loss: float, bits_per_byte: float | None) -> str:
+    perplexity = f"{math.exp(loss):,.2f}" if loss < 50 else "beyond e^50"
+    bits = "" if bits_per_byte is None else f", {bits_per_byte:.3f} bits per byte"
+    return f"  step {step:>5}  {name} loss {loss:.4f} (perplexity {perplexity}{bits})"

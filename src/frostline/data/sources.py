@@ -29,10 +29,11 @@ from frostline.recipe import DataSpec, SourceSpec, data_sources, source_of
 from frostline.recipe.data_spec import is_hub_name
 
 
-def files_to_hash(spec: DataSpec) -> tuple[str, ...]:
-    """Every file or folder that decides what the data are, chat template included; of hub datasets the downloads."""
+def files_to_hash(spec: DataSpec, *more: str | SourceSpec) -> tuple[str, ...]:
+    """Every file or folder that decides what the data (and `more`) are, chat template included; of hub datasets the
+    downloads."""
     paths: list[str] = []
-    for source in data_sources(spec):
+    for source in (*data_sources(spec), *map(source_of, more)):
         if not Path(source.path).exists() and is_hub_name(source.path):
             paths += hub_files(source.path, split=source.split, subset=source.subset, revision=source.revision)
         else:

@@ -61,6 +61,22 @@ class Evaluated:
     """Steps done."""
     held_out_loss: float
     """Mean per token, natural logarithm."""
+    bits_per_byte: float | None = None
+    """The same in bits per byte of text, where that is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetEvaluated:
+    """After a measurement of another set, where the held-out loss is measured."""
+
+    stage: Stage
+    step: int
+    """Steps done."""
+    name: str
+    """Such as `keep`, or a single source: `held_out/a.jsonl`."""
+    loss: float
+    """Mean per token, natural logarithm."""
+    bits_per_byte: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +159,7 @@ Event = (
     | StepDone
     | RolledBack
     | Evaluated
+    | SetEvaluated
     | Measured
     | Chose
     | StageEnded

@@ -22,6 +22,7 @@ from frostline.engine.events import (
     Event,
     Measured,
     RolledBack,
+    SetEvaluated,
     StageCompiled,
     StageEnded,
     StageStarted,
@@ -305,10 +306,13 @@ class Recorder:
             case RolledBack():
                 self._took_back(event)
             case Evaluated():
-                self.folder.append(
-                    self.folder.metrics,
-                    {"step": event.step, "stage": event.stage.name, "held_out_loss": event.held_out_loss},
-                )
+                row = {"step": event.step, "stage": event.stage.name, "held_out_loss": event.held_out_loss}
+                bits = {} if event.bits_per_byte is None else {"bits_per_byte": event.bits_per_byte}
+                self.folder.append(self.folder.metrics, {**row, **bits})
+            case SetEvaluated():
+                row = {"step": event.step, "stage": event.stage.name, "set": event.name, "set_loss": event.loss}
+                bits = {} if event.bits_per_byte is None else {"bits_per_byte": event.bits_per_byte}
+                self.folder.append(self.folder.metrics, {**row, **bits})
             case Measured():
                 row = {"step": event.step, "stage": event.stage.index, **event.flow.to_json()}
                 self.folder.append(self.folder.flow, row)

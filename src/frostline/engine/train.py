@@ -18,6 +18,7 @@ from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.compiled import Compiled, as_it_is, graphs
 from frostline.engine.corrections import move_corrections
 from frostline.engine.dispatch import set_dispatch
+from frostline.engine.evaluation import EvalSet, bits_per_byte
 from frostline.engine.events import (
     Evaluated,
     Event,
@@ -26,6 +27,7 @@ from frostline.engine.events import (
     Observer,
     RolledBack,
     RunStarted,
+    SetEvaluated,
     StageCompiled,
     StageEnded,
     StageStarted,
@@ -68,6 +70,10 @@ class LoopSettings:
     device: torch.device = CPU
     eval_every: int | None = None
     """Steps between measurements of the held-out loss, beside the start and each stage's end."""
+    also: tuple[EvalSet, ...] = ()
+    """Other sets that are measured at the same steps; needs held-out data."""
+    held_out_bytes: float | None = None
+    """UTF-8 bytes of text that a held-out target stands for."""
     gradients_every: int = 10
     """Steps between recorded gradient norms, beside each stage's first and last step."""
     points: Points | None = None
@@ -141,6 +147,8 @@ def train_loop(
     proved: Active | None = None
     n_graphs = graphs()
 
+    bytes_each = settings.held_out_bytes
+
     def tell(event: Event) -> None:
         for observer in (recorder.event, *observers):
             observer(event)
@@ -150,7 +158,12 @@ def train_loop(
             return math.nan
         value = held_out_loss(model, held_out, loss, settings)
         set_modes(model, stage)
-        tell(Evaluated(stage=stage, step=done, held_out_loss=value))
+        tell(Evaluated(stage=stage, step=done, held_out_loss=value, bits_per_byte=bits_per_byte(value, bytes_each)))
+        for s in settings.also:
+            of_set = held_out_loss(model, s.batches, loss, settings)
+            set_modes(model, stage)
+            bits = bits_per_byte(of_set, s.bytes_per_target)
+            tell(SetEvaluated(stage=stage, step=done, name=s.name, loss=of_set, bits_per_byte=bits))
         return value
 
     def enter(saved: RunState) -> Active:

@@ -122,6 +122,30 @@ COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56
 """Told apart by everyone (Okabe and Ito)."""
 
 
+def change_curves(
+    stages: Sequence[tuple[str, int, int]],
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    *,
+    description: str,
+) -> str:
+    """Change of a loss since the start, a line per set and a band per stage; below zero is learning."""
+    with mpl.rc_context({**STYLE, "svg.hashsalt": description}):
+        figure = Figure(figsize=(WIDTH_IN, 3.1), layout="constrained")
+        axes = figure.subplots()
+        for i, (_, start, end) in enumerate(stages):
+            axes.axvspan(start, end, color=BANDS[i % 2], lw=0)
+        axes.axhline(0, color="#55626f", lw=0.8)
+        for i, (name, curve) in enumerate(curves.items()):
+            style = "-" if i < len(COLORS) else "--"
+            color = COLORS[(i + 1) % len(COLORS)]
+            axes.plot(*zip(*curve, strict=True), color=color, ls=style, lw=1.6, marker="o", ms=3.5, label=name)
+        axes.set_xlabel("step")
+        axes.set_ylabel("change of loss (nats)")
+        axes.margins(x=0)
+        axes.legend(frameon=False)
+        return to_svg(figure, description)
+
+
 def rate_curves(
     curves: Sequence[tuple[str, Sequence[float], Sequence[float], float | None]], start: float, *, title: str
 ) -> Figure:

@@ -14,6 +14,7 @@ from typing import Any
 from frostline.anatomy import Anatomy, parse_path
 from frostline.audit import FAILED, Audit, Row, audit
 from frostline.errors import FrostlineError
+from frostline.experiment.evaluation_section import evaluation_section
 from frostline.experiment.experts_section import experts_section
 from frostline.experiment.flow_section import flow_section
 from frostline.folding import fold
@@ -88,6 +89,7 @@ def page_of(folder: RunFolder, result: Audit, figures: Any) -> Page:
             held_out,
             description="Training and held-out loss over steps, one band per stage",
         ),
+        "evaluation": evaluation_section(folder, [(s.name, s.start, s.end) for s in stages], figures),
         "moved": _heat_maps(anatomy, result, figures, "relative_change"),
         "gradients": _heat_maps(anatomy, result, figures, "gradient_norm"),
         "flow": flow_section(folder, stages, anatomy.n_layers),

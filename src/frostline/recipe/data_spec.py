@@ -51,7 +51,8 @@ def _share_or_files(value: object) -> str:
     return "files" if isinstance(value, (list, tuple)) else "share"
 
 
-def _one_or_many(value: object) -> object:
+def one_or_many(value: object) -> object:
+    """A single source as a list of one."""
     return (value,) if isinstance(value, (str, dict, SourceSpec)) else value
 
 
@@ -102,8 +103,8 @@ class DataSpec(Record):
     undecodable: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: an error with the place, or U+FFFD in their stead."""
 
-    _train_list = field_validator("train", mode="before")(_one_or_many)
-    _held_out_list = field_validator("held_out", mode="before")(_one_or_many)
+    _train_list = field_validator("train", mode="before")(one_or_many)
+    _held_out_list = field_validator("held_out", mode="before")(one_or_many)
 
     @model_validator(mode="after")
     def _no_copies_of_what_is_held_out(self) -> DataSpec:

@@ -36,12 +36,15 @@ _TAGS: dict[tuple[str, ...], tuple[str, ...]] = {
 MAX_STAGES = 10_000
 """Stages of one run, repeated ones counted as often as they run."""
 _FOLDERS_OR_HUB_NAMES: tuple[tuple[str, ...], ...] = (("model",), ("tokenizer",))
+_SOURCES = ("train", "held_out", "keep")
+"""Keys whose values may also be hub names, or sources with settings of their own."""
 _PATHS: tuple[tuple[str, ...], ...] = (
     ("data", "train"),
     ("data", "held_out"),
     ("data", "chat_template"),
     ("cache", "dir"),
     ("data", "cache"),
+    ("eval", "keep"),
 )
 
 
@@ -295,16 +298,14 @@ def _make_paths_absolute(values: dict[str, Any], *, base: Path, overridden: list
             continue
 
         def absolute(value: Any, key: KeyPath, names: bool = path in _FOLDERS_OR_HUB_NAMES) -> Any:
-            if isinstance(value, dict) and key[0] == "data":  # a source with settings of its own
+            if isinstance(value, dict) and key[1] in _SOURCES:  # a source with settings of its own
                 return {**value, "path": absolute(value["path"], (*key, "path"))} if "path" in value else value
-            names = names or (
-                isinstance(value, str) and key[1] not in ("chat_template", "cache") and is_hub_name(value)
-            )
+            names = names or (isinstance(value, str) and key[1] in _SOURCES and is_hub_name(value))
             start = Path.cwd() if any(o == key[: len(o)] for o in overridden) else base
             return _absolute(value, start, key=key, may_be_name=names)
 
         value = parent[path[-1]]
-        if isinstance(value, str) or (isinstance(value, dict) and path[0] == "data"):
+        if isinstance(value, str) or (isinstance(value, dict) and path[-1] in _SOURCES):
             parent[path[-1]] = absolute(value, path)
         elif isinstance(value, (list, tuple)):
             parent[path[-1]] = [absolute(v, (*path, i)) for i, v in enumerate(value)]

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic.types import Strict
 
 from frostline.recipe.base import Record
-from frostline.recipe.data_spec import DataSpec
+from frostline.recipe.data_spec import DataSpec, Sources, one_or_many
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.schedule_spec import ScheduleSpec
 from frostline.recipe.stage_spec import StageSpec
@@ -31,6 +31,13 @@ class EvalSpec(Record):
     """Also every so many steps."""
     batches: Annotated[int, Field(ge=1)] = 8
     """Held-out batches of `data.batch` rows; always the same ones."""
+    keep: Sources | None = None
+    """Data of what the model is not to forget, in any format that `data` reads: its loss is measured where the held-out
+    loss is, and the report shows learning against forgetting."""
+    by_source: bool = False
+    """Also measure every file of the held-out data and of `keep` by itself, where there are several."""
+
+    _keep_list = field_validator("keep", mode="before")(one_or_many)
 
 
 class RunRateSpec(Record):
