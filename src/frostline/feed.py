@@ -69,8 +69,12 @@ def _tokenizer(recipe: Recipe, *, trust_remote_code: bool) -> Any:
     first = next(texts, None)
     if first is None:
         raise DataError(f"no text to train on in {source_names(recipe.data.train)}")
-    own = spec.vocab_size if isinstance(spec, TrainedTokenizer) else None
-    return train_byte_bpe(chain([first], texts), n_vocabulary=own or load_config(recipe.model).vocab_size)
+    own = spec or TrainedTokenizer(train="byte-bpe")
+    return train_byte_bpe(
+        chain([first], texts),
+        n_vocabulary=own.vocab_size or load_config(recipe.model).vocab_size,
+        special_tokens=own.special_tokens,
+    )
 
 
 Say = Callable[[str], None]

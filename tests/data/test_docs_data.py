@@ -75,3 +75,12 @@ def test_the_pages_table_of_formats_is_what_is_known():
         if name != "tokens":
             assert set(OPTIONAL[name]) <= set(re.findall(r"`(\w+)`", columns)) | {"tools"}
     assert ", ".join(CHECKS) in " ".join(PAGE.split())
+
+
+def test_the_pages_template_and_recipe_from_scratch_run_as_written(place):
+    (place / "chat.jinja").write_text(blocks("jinja")[0])
+    (place / "scratch.yaml").write_text(blocks("yaml")[2].replace("steps: 100", "steps: 2"))
+    shown = frost("data", "scratch.yaml", "--examples", "3")
+    assert "⟦North wind.<|im_end|>⟧↵" in shown
+    assert "4 by the template's marks" in shown
+    assert "AUDIT PASSED" in frost("train", "scratch.yaml", "--out", "runs/scratch")

@@ -15,6 +15,7 @@ import frostline
 from frostline.data import files_to_hash, read_examples
 from frostline.environment import describe_environment
 from frostline.errors import DataError
+from frostline.feed import get_tokenizer
 from frostline.model import load_model, save_model
 from frostline.recipe import ScratchModel, recipe_from_dict
 
@@ -136,3 +137,22 @@ def test_a_run_says_what_its_files_were_and_keeps_it(tmp_path, base):
     assert any(line.startswith(f"dropped: {data}:9: nothing to learn") for line in lines)
     files = json.loads((tmp_path / "run" / "environment.json").read_text())["rows"]["files"]
     assert [(f["format"], f["examples"], f["dropped"]) for f in files] == [("messages", 8, 1)] * 2
+
+
+def test_from_scratch_a_trained_tokenizer_has_the_control_tokens_of_its_chat_template(tmp_path):
+    data = write(tmp_path / "a.jsonl", ROWS)
+    values = {
+        "model": tiny.config("llama"),
+        "tokenizer": {"train": "byte-bpe", "special_tokens": chats.CONTROL["chatml"]},
+        "data": {"train": data, "held_out": [data], "length": 128, "batch": 4},
+        "stages": [{"learn": "all", "steps": 1, "lr": 1e-3}],
+        "device": "cpu",
+    }
+    values["data"]["chat_template"] = str(chats.TEMPLATES / "chatml.jinja")
+    made = recipe_from_dict(values)
+    tokenizer = get_tokenizer(made)
+    (first, *_) = read_examples(made.data, [data], tokenizer, n_vocabulary=tiny.VOCABULARY)
+    ids = first.ids.tolist()
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
+    assert "⟦Yes.<|im_end|>⟧" in shown(first, tokenizer)
+    assert frostline.train(made, out=tmp_path / "run").audit.passed

@@ -107,16 +107,21 @@ def check_vocabulary(ids: np.ndarray[Any, np.dtype[np.int32]], n_vocabulary: int
         )
 
 
-def train_byte_bpe(documents: Iterable[Document], *, n_vocabulary: int) -> PreTrainedTokenizerFast:
+def train_byte_bpe(
+    documents: Iterable[Document], *, n_vocabulary: int, special_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most `n_vocabulary` entries, trained on the documents."""
-    if n_vocabulary < 257:
-        raise DataError(f"a byte-level tokenizer needs a vocabulary of at least 257, not {n_vocabulary}")
+    special = list(dict.fromkeys([END_OF_TEXT, *special_tokens]))
+    if n_vocabulary < 256 + len(special):
+        raise DataError(
+            f"a byte-level tokenizer needs a vocabulary of at least {256 + len(special)}, not {n_vocabulary}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=n_vocabulary,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

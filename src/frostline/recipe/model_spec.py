@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
+from pydantic.types import Strict
 
 from frostline.recipe.base import Record
 
@@ -30,3 +31,5 @@ class TrainedTokenizer(Record):
     """The kind: byte-level byte-pair encoding."""
     vocab_size: int | None = None
     """Entries; the model's own `vocab_size` when left out."""
+    special_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)] = ()
+    """Control tokens for a chat template: `["<|im_start|>", "<|im_end|>"]`."""
