@@ -1,12 +1,13 @@
 """What makes a run cost less and changes nothing of it: chosen by the recipe or by the plan, and said.
 
-Read `prefix_cache_of`.
+Read `recompute_for` and `prefix_cache_of`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from frostline.anatomy import Anatomy
 from frostline.data import Batch, files_to_hash
 from frostline.engine import Chose, Observer, PrefixCache, PrefixSettings
 from frostline.environment import describe_environment
+from frostline.errors import ModelError
 from frostline.plan import Plan, why_not_worth
 from frostline.recipe import Recipe
 from frostline.run_folder import RunFolder
 from frostline.schedule import Schedule, Stage
+from frostline.units import format_bytes
 
 MATTERS = (
     "packages",
@@ -35,11 +38,64 @@ MATTERS = (
 )
 """What of the environment may change the bits of an activation."""
 
+FULL = 0.9
+"""The share of a device's memory from which on a run is not begun without computing blocks again."""
 PATHS = ("train", "held_out", "chat_template")
 """Settings of the data that say where it is: what is there has hashes."""
 
 
 COMPILED = "blocks are compiled, and what they give would be read by others than gave it"
+
+
+def recompute_for(recipe: Recipe, plan: Plan | None, device: torch.device) -> Chose:
+    """Whether blocks are computed again for their backward pass: by the recipe, or because it would not fit else."""
+
+    def chose(value: str, why: str) -> Chose:
+        return Chose(setting="recompute", value=value, why=why)
+
+    if recipe.recompute != "auto":
+        return chose(recipe.recompute, "asked for")
+    memory = memory_of(device)
+    if plan is None or memory is None:
+        return chose("off", "what the run needs, or what there is, is not known")
+    worst = max(s.cost.peak_bytes if device.type == "cuda" else s.cost.resident_bytes for s in plan.stages)
+    numbers = f"a step needs about {format_bytes(worst)}, there are {format_bytes(memory)}"
+    return chose("blocks" if worst > FULL * memory else "off", numbers)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that a device has; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Inside, torch uses what gives the same bits every time. Raises `ModelError` for an operation that has no such
+    implementation; nothing is changed where it is not wanted."""
+    if not wanted:
+        yield
+        return
+    before, tuned = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise ModelError(
+            f"deterministic: true, but this model needs an operation without such a way: {first}"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = tuned
 
 
 def prefix_cache_of(
@@ -62,6 +118,7 @@ def prefix_cache_of(
             **{key: found[key] for key in MATTERS},
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "data": [row["sha256"] for row in found["data"]],
+            "compile": recipe.as_dict().get("compile"),
             "data settings": {k: v for k, v in recipe.as_dict()["data"].items() if k not in PATHS},
         }
 

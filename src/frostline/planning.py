@@ -5,7 +5,6 @@ Composes recipe, model and `plan`; `frostline plan` is these calls. Read `plan_r
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -19,6 +18,7 @@ from frostline.engine import choose_loss
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError, SelectionError
 from frostline.feed import fit_attention
+from frostline.levers import memory_of
 from frostline.model import Source, load_random, load_skeleton, untie
 from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, points_for, time_stage
 from frostline.recipe import Recipe, StageSpec, load_recipe, plain
@@ -293,16 +293,6 @@ def measure_seconds(subject: Subject, plan: Plan) -> tuple[float, ...]:
                 language=language,
             )
     return tuple(known[like(stage)] for stage in subject.schedule.stages)
-
-
-def memory_of(device: torch.device) -> int | None:
-    """Bytes of memory that a device has; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
 
 
 def _fit(subject: Subject, plan: Plan, stage: Stage, memory: int) -> Fit:

@@ -17,6 +17,7 @@ from frostline.engine.record import cut_pieces, named_tensors
 from frostline.engine.run_state import RunState, from_files, misfits
 from frostline.environment import describe_environment
 from frostline.errors import RunFolderError
+from frostline.levers import determinism
 from frostline.recipe import Recipe, keys_of, load_recipe
 from frostline.run import Ready, RunResult, carry_out, choose_device, make_ready, run_name
 from frostline.run_folder import RunFolder, damaged_records
@@ -53,11 +54,11 @@ def resume(
     differs.
     """
     folder = RunFolder.open_started(run)
-    with folder.locked():
+    recipe = load_recipe(folder.recipe)
+    with folder.locked(), determinism(recipe.deterministic):
         status = folder.read_status()
         if status["state"] == "finished":
             raise RunFolderError(f"{run} is finished (after step {status['step']}): there is nothing to resume")
-        recipe = load_recipe(folder.recipe)
         checkpoint = _newest(folder, say)
         differences = _differences(folder, recipe, checkpoint)
         if differences and not allow_inexact:

@@ -26,6 +26,8 @@ from frostline.choices import Choice, make_choice, write_choice
 from frostline.data import files_to_hash
 from frostline.dtypes import dtype_note, weights_dtype
 from frostline.engine import (
+    Chose,
+    Chosen,
     LoopSettings,
     LossFunction,
     Observer,
@@ -56,7 +58,7 @@ from frostline.errors import (
 )
 from frostline.expansion import Expansion, expand, named_in
 from frostline.feed import Feed, batches_of, fit_attention, get_tokenizer, held_out_batches, make_feed, step_shapes
-from frostline.levers import prefix_cache_of, sayer
+from frostline.levers import determinism, prefix_cache_of, recompute_for, sayer
 from frostline.measuring import choose
 from frostline.model import load_model, load_skeleton, save_model, untie
 from frostline.plan import (
@@ -127,12 +129,13 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    ready = make_ready(recipe, trust_remote_code=trust_remote_code, say=say)
-    for line in ready.prepared.feed.lines():
-        say(line)
-    folder = start_folder(ready.prepared, out)
-    with folder.locked():
-        return carry_out(ready, folder, observers=observers)
+    with determinism(recipe.deterministic):
+        ready = make_ready(recipe, trust_remote_code=trust_remote_code, say=say)
+        for line in ready.prepared.feed.lines():
+            say(line)
+        folder = start_folder(ready.prepared, out)
+        with folder.locked():
+            return carry_out(ready, folder, observers=observers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +148,8 @@ class Ready:
     points: Points | None
     loss: LossFunction
     """The next-token loss, in the way that pays."""
+    settled: tuple[Chose, ...]
+    """Settings that the recipe left open, and what became of them."""
     compiled: Compiled | None
     plan: Plan | None
     sets: tuple[EvalSet, ...] = ()
@@ -172,11 +177,16 @@ def make_ready(
     check_it_runs(model, prepared, device)
     always = recipe.evidence.flow_every is not None
     points = points_for(prepared.schedule, model, prepared.anatomy, always=always)
-    if recipe.recompute == "blocks":
+    plan = plan_of(prepared, trust_remote_code=trust_remote_code)
+    chosen = recompute_for(recipe, plan, device)
+    if chosen.value == "blocks":
         recompute_blocks([block for _, block in find_blocks(model)])
+        if recipe.recompute == "auto":
+            plan = plan_of(prepared, recompute=True, trust_remote_code=trust_remote_code)
     compiled = compile_blocks(model, prepared, device) if recipe.compile == "blocks" else None
     loss = loss_for(prepared, model)
-    plan = plan_of(prepared, trust_remote_code=trust_remote_code)
+    found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why))
+    settled = tuple(c for c in found if getattr(recipe, c.setting) == "auto")
     for i, stage in enumerate(plan.stages if plan else ()):
         if not stage.cost.gradient_bytes:
             raise RecipeError(f"stages[{i}]: nothing of `{stage.learn}` gets a gradient: its routes cut all of it off")
@@ -186,7 +196,8 @@ def make_ready(
         model=model,
         device=device,
         points=points,
-        loss=loss,
+        loss=loss.loss,
+        settled=settled,
         compiled=compiled,
         plan=plan,
         sets=sets,
@@ -199,6 +210,9 @@ def carry_out(
     """Train, from the start or from a state, and audit. The folder is locked by the caller."""
     prepared, model, recipe = ready.prepared, ready.model, ready.prepared.recipe
     batches = batches_of(recipe, prepared.feed.train, ready.device)
+    say = sayer(folder, observers)
+    for chosen in ready.settled:
+        say(chosen.setting, chosen.value, chosen.why)
     cache = prefix_cache_of(
         recipe,
         model,
@@ -208,7 +222,7 @@ def carry_out(
         device=ready.device,
         n_rows=len(prepared.feed.train),
         batches=batches,
-        say=sayer(folder, observers),
+        say=say,
     )
     meters = StepMeters(model, around=cache.bypassed)
     checkpoints = Checkpoints(folder.checkpoints, run=run_name(folder))
@@ -257,14 +271,18 @@ def run_name(folder: RunFolder) -> str:
     return name
 
 
-def plan_of(prepared: Prepared, *, trust_remote_code: bool = False) -> Plan | None:
-    """The plan of a run; None where the model's cost cannot be predicted (it then trains all the same)."""
+def plan_of(prepared: Prepared, *, recompute: bool | None = None, trust_remote_code: bool = False) -> Plan | None:
+    """The plan of a run; None where the model's cost cannot be predicted (it then trains all the same).
+
+    `recompute`: whether blocks are computed again, where the recipe leaves that open.
+    """
     recipe = prepared.recipe
+    batching = batching_of(prepared, choose_device(recipe))
     try:
         return make_plan(
             recipe.model,
             prepared.schedule,
-            batching_of(prepared, choose_device(recipe)),
+            batching if recompute is None else replace(batching, recompute=recompute),
             untied=recipe.ties == "untie",
             trust_remote_code=trust_remote_code,
         )
@@ -290,12 +308,12 @@ def batching_of(prepared: Prepared, device: torch.device) -> Batching:
     )
 
 
-def loss_for(prepared: Prepared, model: nn.Module) -> LossFunction:
+def loss_for(prepared: Prepared, model: nn.Module) -> Chosen:
     """The next-token loss as the recipe wants it. Raises `RecipeError` for one that would not be exact."""
     recipe = prepared.recipe
     largest = recipe.data.batch * recipe.data.length // min(s.accumulate for s in recipe.stages)
     try:
-        return choose_loss(recipe.loss, model, prepared.anatomy, n_tokens=largest).loss
+        return choose_loss(recipe.loss, model, prepared.anatomy, n_tokens=largest)
     except ModelError as error:
         raise RecipeError(str(error)) from None
 

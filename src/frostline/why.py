@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from frostline.anatomy import Anatomy, Component, read_anatomy, take, tiny_config
 from frostline.errors import FrostlineError, PlanError, SelectionError
 from frostline.folding import folded
+from frostline.levers import memory_of
 from frostline.model import Source, Weights, load_config, quiet_transformers
 from frostline.plan import StageCost
-from frostline.planning import Subject, memory_of, subject_of
+from frostline.planning import Subject, subject_of
 from frostline.recipe import load_recipe
 from frostline.schedule import Stage
 

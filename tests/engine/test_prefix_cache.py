@@ -17,7 +17,7 @@ from frostline import run as running
 from frostline import train
 from frostline.anatomy import find_blocks, read_anatomy
 from frostline.data import Batch
-from frostline.engine import Chose, next_token_loss, prefix_store
+from frostline.engine import Chose, compiled, next_token_loss, prefix_store
 from frostline.engine.prefix import NoPrefixError, Split, split_of
 from frostline.engine.prefix_cache import tried
 from frostline.engine.prefix_store import RowStore, make_room
@@ -134,6 +134,15 @@ def test_with_dropout_above_the_bytes_are_the_same(tmp_path: Path) -> None:
     model = tiny.config("llama", attention_dropout=0.3)
     computing, _ = trained(tmp_path, "computing", cache="off", model=model)
     keeping, said = trained(tmp_path, "keeping", model=model)
+    assert said[0].startswith("on: ")
+    assert keeping == computing
+
+
+def test_with_compiled_blocks_the_bytes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison at a stage's start computes blocks uncompiled; nothing of that may be kept."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    computing, _ = trained(tmp_path, "computing", cache="off", compile="blocks")
+    keeping, said = trained(tmp_path, "keeping", compile="blocks")
     assert said[0].startswith("on: ")
     assert keeping == computing
 

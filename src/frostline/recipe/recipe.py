@@ -157,8 +157,12 @@ class Recipe(Record):
     compile: Literal["off", "blocks"] = "off"
     """`blocks`: blocks are compiled by `torch.compile`, once for all that are alike. At the start of every stage one
     micro-batch is also computed uncompiled, and both must give the same gradients; held-out losses stay uncompiled."""
-    recompute: Literal["off", "blocks"] = "off"
-    """`blocks`: a block keeps only its input and is computed again for its backward pass (gradient checkpointing)."""
+    recompute: Literal["auto", "off", "blocks"] = "auto"
+    """`blocks`: a block keeps only its input and is computed again for its backward pass (gradient checkpointing).
+    `auto`: off, unless the plan says that the run would not fit into memory."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time; on CUDA that costs time. An operation without such a way is
+    an error."""
     loss: Literal["auto", "fused", "plain"] = "auto"
     """`fused`: head and loss are computed together, some rows at a time, so that the logits of all tokens never exist;
     equal to `plain` up to rounding. `auto`: where it is exact and the logits are many."""
@@ -225,12 +229,6 @@ class Recipe(Record):
     def _only_bf16_weights_are_rounded(self) -> Recipe:
         if self.rounding is not None and self.precision != "bf16":
             raise ValueError(f"rounding is of bf16 weights, and precision is {self.precision}: drop it, or say bf16")
-        return self
-
-    @model_validator(mode="after")
-    def _compiled_blocks_are_not_cached(self) -> Recipe:
-        if self.compile != "off" and self.cache.prefix == "on":
-            raise ValueError("cache.prefix and compile cannot both be on: drop one of the two")
         return self
 
     @model_validator(mode="after")
