@@ -1,6 +1,6 @@
 """What padding costs: instruction-like lengths trained by default collation, packed behind a mask, and without padding.
 
-    python benchmarks/packing.py [--documents 96] [--rounds 5] [--threads 2] [--learn ffn]
+    python benchmarks/packing.py [--documents 40] [--rounds 5] [--threads 2] [--learn ffn]
 
 Documents have lognormal lengths (median 90, 95th percentile 450, limit 1,024) and random tokens. One epoch each, in
 turn, every system from the same weights; ratios are of medians over rounds, of wall time and of this process's own CPU
@@ -33,10 +33,10 @@ from frostline.selection import select
 
 MODEL = {
     "architecture": "llama",
-    "vocab_size": 8192,
+    "vocab_size": 4096,
     "hidden_size": 384,
     "intermediate_size": 1024,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
     "max_position_embeddings": 1024,
@@ -161,7 +161,7 @@ def agreement(found: Sequence[System], reference: dict[tuple[int, ...], float]) 
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--documents", type=int, default=96)
+    parser.add_argument("--documents", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learn", default="ffn")
