@@ -47,7 +47,7 @@ MODEL = {
     "max_position_embeddings": 128,
 }
 LENGTH, BATCH, ROWS = 128, 16, 160
-BASE_STEPS, STEPS = 250, 80
+BASE_STEPS, STEPS = 220, 60
 BYTES, MORE = 340_000, 600_000
 """Characters of each population for the base, and of more code for the runs on code alone."""
 
