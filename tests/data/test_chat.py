@@ -229,3 +229,23 @@ def test_variables_reach_the_template(tmp_path):
     made = tokenizer("chatml")
     (example,) = examples(tmp_path, rows, made, chat_template=str(file), template_args={"mood": "calm"})
     assert shown(example, made) == "calm:<system>s<user>a⟦<assistant>b⟧"
+
+
+def test_a_template_may_mark_several_stretches_of_a_turn_but_no_turn_less_than_once(tmp_path):
+    made = tokenizer("chatml")
+    file = tmp_path / "twice.jinja"
+    each = "{% generation %}{{ m.content }}{% endgeneration %}|{% generation %}<|im_end|>{% endgeneration %}"
+    file.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + each
+        + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    rows = [{"messages": [user("a"), said("b"), user("c"), said("d")]}]
+    (example,) = examples(tmp_path, rows, made, chat_template=str(file))
+    assert shown(example, made) == "a⟦b⟧|⟦<|im_end|>⟧c⟦d⟧|⟦<|im_end|>⟧"
+    some = each.partition("|")[0]
+    file.write_text(
+        "{% for m in messages %}{% if m.content == 'b' %}" + some + "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    found = refused(tmp_path, rows, made, chat_template=str(file))
+    assert "the chat template marks 1 turns of the assistant, but there are 2" in found

@@ -283,7 +283,9 @@ def test_alpaca_goes_through_the_chat_template_where_there_is_one_and_is_its_cla
         "<|im_start|>user\nSay it.\n\ncold<|im_end|>\n<|im_start|>assistant\n⟦Cold.<|im_end|>⟧\n"
     )
     (example,) = read(file, plain)
-    assert shown(example, plain).endswith("### Instruction:\nSay it.\n\ncold\n\n### Response:\n⟦Cold.<|endoftext|>⟧")
+    assert shown(example, plain).endswith(
+        "### Instruction:\nSay it.\n\n### Input:\ncold\n\n### Response:\n⟦Cold.<|endoftext|>⟧"
+    )
 
 
 @pytest.mark.parametrize(

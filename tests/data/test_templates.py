@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +112,15 @@ def test_the_process_gets_no_secrets_of_the_environment(monkeypatch):
     rendered("a")
     environment = Path(f"/proc/{templates._worker().process.pid}/environ").read_bytes()
     assert b"hf_secret" not in environment
+
+
+@pytest.mark.slow
+def test_a_process_whose_parent_is_gone_ends_by_its_own_limit_of_processor_time():
+    script = Path(templates.__file__).with_name("template_worker.py")
+    code = f"import runpy; serve = runpy.run_path({str(script)!r})['serve']"
+    code += "; serve.__globals__['PROCESSOR_SECONDS'] = 1; serve()"
+    job = {"messages": [], "tools": [], "prompt": False}
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    request = json.dumps({"template": endless, "variables": {}, "marks": False, "jobs": [job]})
+    done = subprocess.run([sys.executable, "-P", "-c", code], input=request.encode(), capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGXCPU

@@ -107,8 +107,10 @@ def _as_text(arguments: Any) -> str:
 
 
 def _marked(whole: Rendering, conversation: Conversation, turns: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """The template's own spans, one per turn of the assistant, of the turns that are learnt."""
+    """The template's own spans, of the turns that are learnt."""
     speaks = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+    if list(turns) == speaks and len(whole.spans) > len(speaks):
+        return whole.spans  # several in a turn, as for what is said and for a call
     if len(whole.spans) != len(speaks):
         raise RowError(
             f"{conversation.source}: the chat template marks {len(whole.spans)} turns of the assistant, but there are "

@@ -99,13 +99,11 @@ class Maker:
 
     def written(self, shape: Pair | Conversation, found: Found) -> Written | None:
         """What is said as text, or None when it could not be used and was counted."""
-        everything = self.spec.loss_on == "all"
         if isinstance(shape, Pair):
-            text = shape.prompt + shape.completion
-            return Written(text, ((0 if everything else len(shape.prompt), len(text)),), shape.source, is_chat=False)
+            return self.plain(shape.prompt, shape.completion, shape.source)
+        if shape.plain is not None and self.no_template():
+            return self.plain(*shape.plain, shape.source)
         try:
-            if found.tally.format == "alpaca" and self.no_template():
-                return _as_alpaca(shape, everything)
             template = self.template(bool(shape.tools))
             said = spoken(shape, template, loss_on=self.spec.loss_on, control=self.control)
         except RowError as error:
@@ -113,6 +111,11 @@ class Maker:
             return None
         self.count(found.tally, shape, said)
         return Written(said.text, said.spans, shape.source, is_chat=True)
+
+    def plain(self, prompt: str, completion: str, source: str) -> Written:
+        """A prompt and its completion as one text."""
+        start = 0 if self.spec.loss_on == "all" else len(prompt)
+        return Written(prompt + completion, ((start, len(prompt) + len(completion)),), source, is_chat=False)
 
     def count(self, tally: FileTally, conversation: Conversation, said: Spoken) -> None:
         """Remember what a conversation was made of and what became of it."""
@@ -167,17 +170,3 @@ class Maker:
         """With its tokens checked against the model's vocabulary."""
         check_vocabulary(masked.ids, self.n_vocabulary)
         return Example(ids=masked.ids, learns=masked.learns, n_bytes=masked.n_bytes, source=source)
-
-
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{asked}\n\n### Response:\n"
-)
-"""What instructions stand in where there is no chat template."""
-
-
-def _as_alpaca(conversation: Conversation, everything: bool) -> Written:
-    asked, answer = (m["content"] for m in conversation.messages)
-    prompt = ALPACA.replace("{asked}", asked)
-    text = prompt + answer
-    return Written(text, ((0 if everything else len(prompt), len(text)),), conversation.source, is_chat=False)

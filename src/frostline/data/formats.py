@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from frostline.data.files import Row, RowError
@@ -37,6 +37,16 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "text": (),
 }
 MASKS = ("loss_mask", "completion_mask", "assistant_masks")
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""What an instruction stands in where there is no chat template: the words of Stanford Alpaca."""
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 IGNORED = -100
 """The label that counts for nothing, by the convention of transformers."""
 
@@ -221,7 +231,8 @@ def _alpaca(row: Row) -> Conversation:
     parts = {c: proper(row.values.get(c) or "", f"{row.source}: '{c}'") for c in ("instruction", "input", "output")}
     asked = "\n\n".join(p for p in (parts["instruction"], parts["input"]) if p)
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": parts["output"]}]
-    return conversation_of(messages, (), row.source)
+    prompt = (ALPACA_WITH_INPUT if parts["input"] else ALPACA).format(**parts)
+    return replace(conversation_of(messages, (), row.source), plain=(prompt, parts["output"]))
 
 
 def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:

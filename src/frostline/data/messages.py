@@ -37,6 +37,8 @@ class Conversation:
     """Whether a message may be learnt at all; False where an assistant's message says so (`weight: 0`)."""
     tools: tuple[Mapping[str, Any], ...]
     source: str
+    plain: tuple[str, str] | None = None
+    """Prompt and completion in its place where there is no chat template; None where it needs one."""
 
 
 def conversation_of(messages: Any, tools: Sequence[Mapping[str, Any]], source: str) -> Conversation:
