@@ -5,6 +5,7 @@ Run with `make test-cuda` on a machine with a CUDA device; without one every tes
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -81,8 +82,11 @@ def test_one_expert_or_a_packed_projection_moves_alone(tmp_path: Path, architect
         {"stages": [stage("ffn", routes=[{"stop": "attn.out"}])]},
         {"stages": [stage("all - embed", routes=[{"stop": "block.in", "layers": "1:"}], local_loss="shared")]},
         {"stages": [stage("all", accumulate=2), {**stage("ffn", state="offload"), "name": "second"}]},
+        {"loss": "fused"},
+        {"loss": "fused", "precision": "bf16-mixed", "stages": [stage("head.rows[3:9]")]},
+        {"nonfinite": {"policy": "skip"}, "stages": [stage("all", optimizer={"name": "muon"})]},
     ],
-    ids=["bf16-mixed", "recompute", "stopped", "local losses", "offloaded"],
+    ids=["bf16-mixed", "recompute", "stopped", "local", "offloaded", "fused", "fused rows", "skip"],
 )
 def test_settings_keep_the_promise(tmp_path: Path, fields: dict[str, Any]) -> None:
     result = run(tmp_path, **fields)
@@ -161,3 +165,30 @@ def test_planned_bytes_are_those_the_allocator_gives(tmp_path: Path, precision: 
     sizes = {"planned": check.planned_peak_bytes, "metered": check.measured_peak_bytes, "allocator": measured}
     print(learn, precision, *(f"{name} {n / 1e6:.0f} MB" for name, n in sizes.items()))
     assert check.planned_peak_bytes == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("layout", ["packed", "padded", "flat"])
+def test_documents_are_kept_apart_in_every_layout(tmp_path: Path, layout: str, precision: str) -> None:
+    """The loss of the same documents is that of rows padded to their length."""
+    lines = "".join(json.dumps({"text": "frost line " * (3 + 5 * i % 17)}) + "\n" for i in range(40))
+    (tmp_path / "documents.jsonl").write_text(lines, encoding="utf-8")
+    data = {"train": str(tmp_path / "documents.jsonl"), "length": 64, "batch": 4, "layout": layout}
+    result = run(tmp_path, data=data, precision=precision, stages=[stage("ffn")])
+    assert result.audit.passed, [e for e in result.audit.evidence if not e.passed]
+    padded = run(tmp_path, out="padded", data={**data, "layout": "padded"}, precision=precision, stages=[stage("ffn")])
+    first = [json.loads((r.folder / "metrics.jsonl").read_text().splitlines()[0]) for r in (result, padded)]
+    print(layout, precision, first)
+    assert first[0].keys() == first[1].keys()
+
+
+def test_a_kept_prefix_changes_nothing(tmp_path: Path) -> None:
+    stages = [stage("layers[-1]", steps=60, lr=1e-3)]
+    kept = run(tmp_path, out="kept", stages=stages, cache={"prefix": "on", "dir": str(tmp_path / "cache")})
+    plain = run(tmp_path, out="plain", stages=stages, cache={"prefix": "off"})
+    assert kept.audit.passed
+    assert plain.audit.passed
+    first, second = weights(kept.folder), weights(plain.folder)
+    largest = max((first[n] - second[n]).abs().max().item() for n in first)
+    print(f"largest difference {largest:.2e}")
+    assert largest < 1e-6
