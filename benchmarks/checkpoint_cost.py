@@ -58,6 +58,8 @@ def main() -> None:
                     losses=(),
                     drifted=(),
                     n_skipped=0,
+                    recent=(),
+                    left_out=(),
                     records={},
                 )
                 path = checkpoints.write(step, *to_files(state))

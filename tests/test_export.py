@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from frostline import train
 from frostline.cli import app
-from frostline.errors import ModelError, RunFolderError
+from frostline.errors import ModelError, RunFolderError, StorageError
 from frostline.export import apply_deltas, export_delta, export_run, read_delta
 from frostline.recipe import Recipe, recipe_from_dict
 
@@ -160,3 +162,24 @@ def test_nothing_is_exported_into_the_run_folder_and_no_path_stands_in_the_card(
     with pytest.raises(RunFolderError, match="in the run folder itself"):
         export_run(run, run / "model" / "x")
     assert str(tmp_path) not in (export_run(run, tmp_path / "out") / "README.md").read_text()
+
+
+def test_what_cannot_be_written_whole_leaves_nothing_behind(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(on(base, tmp_path, "norm"), out=tmp_path / "run").folder
+    delta = export_delta(run, tmp_path / "delta.safetensors")
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "rename", full)
+    for write in (
+        lambda: export_run(run, tmp_path / "out"),
+        lambda: export_delta(run, tmp_path / "other.safetensors"),
+        lambda: apply_deltas(str(base), [delta], tmp_path / "out"),
+    ):
+        with pytest.raises(StorageError, match="No space left on device"):
+            write()
+        assert sorted(p.name for p in tmp_path.iterdir()) == before

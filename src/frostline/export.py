@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,32 @@ def export_run(run: str | Path, out: str | Path) -> Path:
     if not verdict.passed:
         raise RunFolderError(f"{run}: its audit fails, so it is not exported; see `frostline audit {run}`")
     card = model_card(folder)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid4().hex[:8]}")
-    with storage_errors(target):
-        shutil.copytree(folder.model, temporary)
+    with _whole(target) as temporary:
+        temporary.mkdir(parents=True)
+        for file in sorted(p for p in folder.model.rglob("*") if p.is_file()):
+            copy = temporary / file.relative_to(folder.model)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         write_text(temporary / "README.md", card)
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
     return target
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A place beside `target` that becomes it at the end; nothing is left of it when something fails."""
+    temporary = target.with_name(f".{target.name}.tmp-{uuid4().hex[:8]}")
+    try:
+        with storage_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if target.is_dir():
+                target.rmdir()
+            temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_file():
+            temporary.unlink()
+        raise
 
 
 def export_delta(run: str | Path, out: str | Path) -> Path:
@@ -85,9 +104,8 @@ def export_delta(run: str | Path, out: str | Path) -> Path:
         "untied": recipe.ties == "untie",
         "sha256": {name: fingerprint(t) for name, t in tensors.items()},
     }
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, target, metadata={"frostline_delta": json.dumps(head)})
+    with _whole(target) as temporary:
+        save_file(tensors, temporary, metadata={"frostline_delta": json.dumps(head)})
     return target
 
 
@@ -154,8 +172,8 @@ def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, tr
         for delta in read:
             for piece, values in delta.values.items():
                 put(tensors[piece.tensor], piece, values)
-    with storage_errors(target):
-        save_model(model, _tokenizer_of(base), target)
+    with _whole(target) as temporary:
+        save_model(model, _tokenizer_of(base), temporary)
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from frostline.environment import describe_environment
 from frostline.errors import RunFolderError
 from frostline.levers import determinism
 from frostline.recipe import Recipe, keys_of, load_recipe
-from frostline.run import Ready, RunResult, carry_out, choose_device, make_ready, run_name
+from frostline.run import Prepared, Ready, RunResult, carry_out, choose_device, make_ready, run_name
 from frostline.run_folder import RunFolder, damaged_records
 
 MATTERS = (
@@ -89,7 +90,9 @@ def _remember(folder: RunFolder, differences: list[str], step: int) -> None:
     if differences:
         environment = folder.read_json("environment.json")
         before = environment.get("resumed_inexactly", [])
-        environment["resumed_inexactly"] = [*before, {"step": step, "differences": differences}]
+        # names in place of this machine's paths: a model card shows this
+        told = [re.sub(r"(?<![\w.])/(?:[^/\s\":,]+/)+", "", d) for d in differences]
+        environment["resumed_inexactly"] = [*before, {"step": step, "differences": told}]
         folder.write_json("environment.json", environment)
 
 
@@ -126,11 +129,33 @@ def _state(checkpoint: Checkpoint, ready: Ready, folder: RunFolder) -> RunState:
             f"the base model is not the one this run started from: {', '.join(changed[:5])}"
             + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         )
+    _check_stages(checkpoint, ready.prepared)
     state = from_files({n: checkpoint.tensors(n) for n in ("weights", "optimizer")}, checkpoint.data)
     wrong = misfits(state, ready.prepared.schedule.stages[state.stage])
     if wrong:
         raise RunFolderError(f"{checkpoint.path} does not fit the model: {wrong[0]} has another shape")
     return state
+
+
+def _check_stages(checkpoint: Checkpoint, prepared: Prepared) -> None:
+    """Raise `RunFolderError` for edits that no resume can do: of what is over, and of what optimizer state is of."""
+    data, now = checkpoint.data, prepared.recipe.as_dict()["stages"]
+    then, ended, stage = data["recipe"]["stages"], len(data["endings"]), data["stage"]
+    for i in range(ended):
+        if now[i : i + 1] != then[i : i + 1]:
+            raise RunFolderError(f"stages[{i}] is over: it cannot be edited any more")
+    if stage < ended:
+        return
+    for key in ("learn", "optimizer.name"):
+        old, new = (keys_of(s[stage]).get(key) if stage < len(s) else None for s in (then, now))
+        if old != new:
+            raise RunFolderError(
+                f"stages[{stage}].{key}: {old} → {new}: the stage is under way, and its optimizer's state is of what "
+                "it was; add a stage instead"
+            )
+    end = prepared.schedule.ended(data["endings"]).stages[stage].end
+    if end <= data["step"]:
+        raise RunFolderError(f"stages[{stage}] would end after step {end}, and step {data['step']} is done")
 
 
 def _changed(ready: Ready, start: dict[str, str]) -> list[str]:

@@ -165,6 +165,8 @@ class RunFolder:
         """An existing run folder. Raises `RunFolderError` when it is not one."""
         folder = cls(path)
         folder._check_is_folder()
+        if not (folder.path / "schedule.json").exists() and folder.recipe.exists():
+            raise RunFolderError(f"{path} has not begun to train; `frostline resume {path}` begins")
         if not (folder.path / "schedule.json").exists():
             raise RunFolderError(f"{path} is no run folder: it has no schedule.json{folder._hint()}")
         return folder
@@ -356,6 +358,13 @@ class RunFolder:
             self.likeness,
         )
 
+    def _may_be_cut(self) -> bool:
+        """Whether the last line of a record may be half written: the run is under way, or was killed."""
+        try:
+            return bool(self.read_status()["state"] == "running")
+        except RunFolderError:
+            return False
+
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
         """Inside, whatever ends the run before its time is written into its status; a kill cannot be."""
@@ -406,7 +415,10 @@ class RunFolder:
         if not path.exists():
             return []
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n") and self._may_be_cut():
+                lines.pop()
+            rows = [json.loads(line) for line in lines]
             if not all(isinstance(row, dict) for row in rows):
                 raise ValueError("a line is no object")
             return rows

@@ -325,3 +325,56 @@ def test_what_was_edited_in_a_recipe_is_told_key_by_key(cut: Path) -> None:
         'recipe stages[0].optimizer.name: "adamw" → "adam"',
         "recipe stages[1].steps: 4 → 6",
     ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("steps: 5", "steps: 6", r"stages\[0\] is over: it cannot be edited any more"),
+        ("learn: ffn", "learn: attn", r"stages\[1\]\.learn: ffn → attn: the stage is under way"),
+        ("steps: 4", "steps: 1", r"stages\[1\] would end after step 6, and step 7 is done"),
+        ("steps: 4", "steps: 7", None),
+    ],
+)
+def test_edits_that_no_resume_can_do_are_refused_whatever_is_allowed_and_others_are_done(
+    cut: Path, old: str, new: str, said: str | None
+) -> None:
+    recipe_file = cut / "recipe.yaml"
+    recipe_file.write_text(recipe_file.read_text().replace(old, new))
+    if said is None:
+        result = resume(cut, allow_inexact=True)
+        assert (result.state, result.steps, result.audit.passed) == ("finished", 12, True)
+        return
+    with pytest.raises(RunFolderError, match=said):
+        resume(cut, allow_inexact=True)
+    recipe_file.write_text(recipe_file.read_text().replace(new, old))
+    assert resume(cut).state == "finished"
+
+
+def test_another_optimizer_in_the_stage_under_way_is_refused(cut: Path) -> None:
+    text = (cut / "recipe.yaml").read_text()
+    head, tail = text[: text.rindex("name: adamw")], text[text.rindex("name: adamw") :]
+    (cut / "recipe.yaml").write_text(head + tail.replace("name: adamw", "name: adafactor"))
+    with pytest.raises(RunFolderError, match=r"stages\[1\]\.optimizer\.name: adamw → adafactor"):
+        resume(cut, allow_inexact=True)
+
+
+def test_a_log_that_a_kill_has_cut_is_audited_up_to_there_and_resumed(cut: Path, stopped: Path) -> None:
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss"')
+    RunFolder(cut).write_status("running", step=0)
+    (follows,) = [e for e in audit(cut).evidence if "log lacks" in e.claim]
+    assert follows.passed
+    resume(cut)
+    assert digests(cut) == digests(stopped / "whole")
+
+
+def test_a_log_that_lacks_a_step_or_has_one_twice_fails_the_audit(stopped: Path, tmp_path: Path) -> None:
+    for change in (lambda rows: rows[:3] + rows[4:], lambda rows: [*rows[:4], *rows[3:]]):
+        run = shutil.copytree(stopped / "whole", tmp_path / "run")
+        rows = [r for r in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in r]
+        (run / "metrics.jsonl").write_text("\n".join(change(rows)) + "\n")
+        (follows,) = [e for e in audit(run).evidence if "log lacks" in e.claim]
+        assert "follows step" in follows.measured
+        assert not follows.passed
+        shutil.rmtree(run)
