@@ -76,7 +76,7 @@ def test_five_strategies_pass_their_audit_in_every_precision(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("compile" not in Recipe.model_fields, reason="this version has no setting for compilation")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_compiled_strategies_pass_their_audit_with_the_losses_of_eager_ones(
     base: Path, tmp_path: Path, strategy: str

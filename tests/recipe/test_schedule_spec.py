@@ -89,7 +89,7 @@ def test_every_shipped_recipe_says_what_it_does_and_is_read(tmp_path, monkeypatc
     assert {"all", "ffn", "attn", "demo", "moe"} | set(SCHEDULES) == set(found)
     for name, text in found.items():
         assert len(summary(text)) > 10, name
-        recipe = load_recipe(name)
+        recipe = load_recipe(name, overrides=[] if name == "demo" else ["model=mine"])
         assert recipe.schedule is None or recipe.schedule.name == name
         assert recipe.data.train == (str(tmp_path / "corpus"),), "paths are relative to where the command runs"
 
@@ -105,6 +105,14 @@ def test_a_name_is_a_recipe_unless_something_of_that_name_is_here(tmp_path, monk
         load_recipe("lisa")
     with pytest.raises(RecipeError, match=r"no recipe at liza. Did you mean 'lisa'"):
         load_recipe("liza")
+
+
+def test_a_shipped_recipe_asks_for_the_model_that_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="the recipe lisa trains a model of yours: say which"):
+        load_recipe("lisa")
+    (tmp_path / "mine.yaml").write_text(shipped_recipes()["lisa"])
+    assert load_recipe(tmp_path / "mine.yaml").model == "model", "a file of one's own may name its model so"
 
 
 def test_a_recipe_from_plain_data_takes_a_schedule_and_reads_back_equal(tmp_path):

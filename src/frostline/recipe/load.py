@@ -33,6 +33,8 @@ _TAGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("schedule",): tuple(SCHEDULES),
 }
 """Keys (or how they end, in a stage) that take one of several kinds → the tags of the kinds in the record."""
+PLACEHOLDERS = ("model", "moe")
+"""What stands for the model in a recipe of the package that trains one that is there already."""
 MAX_STAGES = 10_000
 """Stages of one run, repeated ones counted as often as they run."""
 _FOLDERS_OR_HUB_NAMES: tuple[tuple[str, ...], ...] = (("model",), ("tokenizer",))
@@ -79,6 +81,10 @@ def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping with model, data and stages; this is not one")
     values = document.values
     overridden = [_apply_override(values, text) for text in overrides]
+    if not path.is_file() and values.get("model") in PLACEHOLDERS and ("model",) not in overridden:
+        raise RecipeError(
+            f"the recipe {path} trains a model of yours: say which, and on what text: --set model=… --set data.train=…"
+        )
     _make_paths_absolute(values, base=path.resolve().parent, overridden=overridden)
     _make_esft_paths_absolute(values, base=path.resolve().parent, overridden=overridden)
     return _validate(values, document=document, where=str(path))
