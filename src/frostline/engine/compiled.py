@@ -129,9 +129,10 @@ class Compiled:
 
 @contextmanager
 def _torch_at_ease() -> Iterator[None]:
-    """Inside, torch does not warn of what its own tracing does: it looks for a `.grad` where there can be none."""
+    """Inside, torch does not warn of how it traces: it looks for a `.grad` where there can be none, and into caches."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         yield
 
 

@@ -262,9 +262,9 @@ class Recorder:
                 self.folder.append(path, marker)
 
     def loss_warning(self, stage: Stage) -> str | None:
-        """What to say of a stage that loses updates to rounding, by its first step."""
+        """What to say of a stage that loses updates to rounding, by its first step; None below 1 %."""
         lost = self._lost()
-        if not lost:
+        if lost is None or lost < 0.01:
             return None
         return (
             f"  stage {stage.name}: {100 * lost:.0f} % of the first step's updates are LOST: bf16 has no number near "
