@@ -167,6 +167,16 @@ def test_killed_before_during_and_after_a_rollback_the_run_goes_back_to_the_same
     assert [(r["step"], r["rolled_back_to"]) for r in rows if "rolled_back_to" in r] == [(6, 4), (15, 12)]
 
 
+def test_balanced_experts_survive_kills_and_rollbacks(driver: Driver, folder: Path) -> None:
+    stages = [
+        {"learn": "router | experts", "steps": 4, "lr": 1e-3, "moe": {"balance": 0.01, "z": 0.001}},
+        {"learn": "experts[1]", "steps": 3, "lr": 1e-3},
+    ]
+    data = recipe(folder, model=tiny.config("mixtral"), stages=stages, nonfinite={"policy": "rollback"})
+    data["checkpoint"] = {"every": 2, "minutes": None}
+    check(driver, data, [[{"after_step": 1}, {"rolled_back": True}, {"after_step": 6}]], spoil=[3, 5])
+
+
 # --- random runs ------------------------------------------------------------------------------------------------------
 
 LEARN = ["all", "ffn", "attn", "norm", "all - embed", "layers[-1]", "layers[0].attn.heads[0:2] | embed.rows[3:40]"]

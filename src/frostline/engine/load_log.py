@@ -70,7 +70,8 @@ class _LoadLog:
             self.folder.append(self.folder.load, {"step": event.step, "rolled_back_to": event.to})
         if isinstance(event, (StepDone, Measured, RolledBack)):
             self.load = {}
-        if isinstance(event, StageEnded) or (isinstance(event, RunStarted) and event.done == 0):
+        # a run may be resumed from a checkpoint before its first step: then its start is in the log already
+        if isinstance(event, StageEnded) or (isinstance(event, RunStarted) and not self.folder.likeness.exists()):
             self._write_likeness(event.step if isinstance(event, StageEnded) else 0)
 
     def _write_likeness(self, step: int) -> None:
