@@ -349,8 +349,13 @@ def test_unknown_columns_are_refused_with_what_was_found_what_is_known_and_what_
     found = refused(as_jsonl(tmp_path, [{"prompts": "a", "completions": "b"}]), plain)
     assert "found the columns 'prompts', 'completions'" in found
     assert "messages: messages; sharegpt: conversations; tokens: input_ids; prompt: prompt, completion" in found
-    assert "the nearest is prompt (prompt, completion)" in found
-    assert "data.columns" in found
+    assert "the nearest is prompt: `data.columns: {prompt: prompts, completion: completions}`" in found
+    found = refused(as_jsonl(tmp_path, [{"id": 1, "question": "a", "answer": "b"}]), plain)
+    assert "the nearest is prompt: `data.columns: {prompt: question, completion: answer}`" in found
+    found = refused(as_jsonl(tmp_path, [{"text": 3}]), plain)
+    assert "'text' holds int, which is not what text has there" in found
+    found = refused(as_jsonl(tmp_path, [{"x": 1}]), plain)
+    assert "data.columns`, as in {text: body}" in found
     found = refused(as_jsonl(tmp_path, [{"chosen": "a", "rejected": "b"}]), plain)
     assert "preference pairs (chosen, rejected) are no training text" in found
 

@@ -7,6 +7,7 @@ Read `detect` and `shape` first; `CHECKS` is the list of formats in the order in
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -127,27 +128,41 @@ def with_columns(row: Row, columns: Mapping[str, str]) -> Row:
     return Row({**values, **{known: row.values[own] for known, own in columns.items()}}, row.source)
 
 
+OTHER_NAMES = {
+    "prompt": ("question", "query", "instruction", "input", "source", "user"),
+    "completion": ("answer", "response", "output", "target", "reply", "assistant"),
+    "text": ("body", "content", "document", "story", "code"),
+    "messages": ("conversation", "chat", "dialog", "dialogue", "turns"),
+}
+"""Names that columns often have where a format has another one."""
+
+
 def _unknown(values: Mapping[str, Any]) -> str:
-    known = [c for columns in COLUMNS.values() for c in columns]
-    near = [n for n in values if n not in known and did_you_mean(n, known)]
-    nearest = max(COLUMNS, key=lambda f: sum(1 for c in COLUMNS[f] if values.get(c) is not None or _near(c, values)))
     lines = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in COLUMNS.items())
-    hint = f"the nearest is {nearest} ({', '.join(COLUMNS[nearest])})" if near or _has_some(values, nearest) else ""
+    found = f"found the columns {_named(values)}, which are none of the known formats ({lines})"
     if "chosen" in values and "rejected" in values:
-        hint = "preference pairs (chosen, rejected) are no training text"
-    return (
-        f"found the columns {_named(values)}, which are none of the known formats ({lines})"
-        + (f"; {hint}" if hint else "")
-        + ". Name them with `data.columns`, as in {text: body}"
+        return f"{found}; preference pairs (chosen, rejected) are no training text"
+    name, columns = max(
+        ((n, _likely(n, values)) for n in COLUMNS), key=lambda pair: len(pair[1]) / len(COLUMNS[pair[0]])
     )
+    if not columns:
+        return f"{found}. Name them with `data.columns`, as in {{text: body}}"
+    renamed = ", ".join(f"{known}: {own}" for known, own in columns.items())
+    wrong = [c for c, own in columns.items() if c == own]
+    if len(wrong) == len(COLUMNS[name]):
+        return f"{found}; '{wrong[0]}' holds {type(values[wrong[0]]).__name__}, which is not what {name} has there"
+    return f"{found}; the nearest is {name}: `data.columns: {{{renamed}}}`"
 
 
-def _has_some(values: Mapping[str, Any], name: str) -> bool:
-    return any(values.get(c) is not None for c in COLUMNS[name])
-
-
-def _near(column: str, values: Mapping[str, Any]) -> bool:
-    return bool(did_you_mean(column, [str(v) for v in values]))
+def _likely(name: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """A format's columns → the columns that are likely meant, as far as any are."""
+    out = {}
+    for column in COLUMNS[name]:
+        near = difflib.get_close_matches(column, [str(v) for v in values], n=1, cutoff=0.75)
+        other = [o for o in OTHER_NAMES.get(column, ()) if o in values]
+        if column in values or near or other:
+            out[column] = column if column in values else (near or other)[0]
+    return out
 
 
 def _named(names: Sequence[str] | Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from frostline.errors import DataError
+from frostline.model import quiet_transformers
 
 ROWS_TOGETHER = 256
 
@@ -82,7 +83,8 @@ def hub_files(name: str, *, split: str | None, subset: str | None, revision: str
 def _hub_dataset(name: str, split: str | None, subset: str | None, revision: str | None) -> Any:
     datasets = needed("datasets", to=f"{name} is no file here; loading it from the hub")
     try:
-        return datasets.load_dataset(name, subset, split=split or "train", revision=revision)
+        with quiet_transformers():  # the hub's client tells of every retry
+            return datasets.load_dataset(name, subset, split=split or "train", revision=revision)
     except Exception as error:  # it raises whatever the network and the files make it raise
         raise DataError(
             f"no file or folder {name} here, and no dataset of that name can be loaded from the hub: "
