@@ -58,6 +58,8 @@ class Result:
     peak_bytes: int
     """CPU: the process's largest resident memory above that after its imports. CUDA: the most that was allocated."""
     n_learning: int
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Per step, of the process: says something where other processes compute too."""
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -99,6 +101,8 @@ class Meter:
         self.cuda = job.device == "cuda"
         self.before = resident_bytes()
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.last_cpu = time.process_time()
         if self.cuda:
             import torch
 
@@ -107,13 +111,14 @@ class Meter:
 
     def start(self) -> None:
         """The first step begins."""
-        self.last = self._now()
+        self.last, self.last_cpu = self._now(), time.process_time()
 
     def tick(self) -> None:
         """A step has ended."""
-        now = self._now()
+        now, cpu = self._now(), time.process_time()
         self.seconds.append(now - self.last)
-        self.last = now
+        self.cpu_seconds.append(cpu - self.last_cpu)
+        self.last, self.last_cpu = now, cpu
 
     def _now(self) -> float:
         if self.cuda:

@@ -150,7 +150,7 @@ def run_cell(learn: str, vocabulary: int, asked: argparse.Namespace) -> None:
     names = [n for n in SYSTEMS if not asked.only or n in asked.only]
     for rep in range(asked.reps):
         busy, own, started = busy_seconds(), own_seconds(), time.monotonic()
-        seconds, flops = replay_seconds(shape, learn, BATCH * asked.length, dtype)
+        seconds, flops = replay_seconds(shape, learn, asked.batch * asked.length, dtype)
         foreign = max(busy_seconds() - busy - (own_seconds() - own), 0.0) / (time.monotonic() - started)
         append(asked.out, {"cell": cell, "system": "products alone", "replay_seconds": seconds, "flops": flops,
                            "foreign": foreign, "void": foreign > VOID_ABOVE})  # fmt: skip
@@ -160,7 +160,7 @@ def run_cell(learn: str, vocabulary: int, asked: argparse.Namespace) -> None:
                 model=model,
                 tokens=tokens,
                 learn=learn,
-                batch=BATCH,
+                batch=asked.batch,
                 epochs=asked.epochs,
                 dtype=asked.dtype,
                 threads=asked.threads,
@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", default="{}", help="JSON: fields of the model's configuration")

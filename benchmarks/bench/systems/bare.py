@@ -36,6 +36,7 @@ def run(job: Job) -> Result:
         seconds=meter.seconds,
         losses=[x.item() for x in losses],
         peak_bytes=meter.peak_bytes(),
+        cpu_seconds=meter.cpu_seconds,
         n_learning=sum(p.numel() for p in learning),
     )
 

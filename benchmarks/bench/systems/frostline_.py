@@ -124,6 +124,7 @@ def run(job: Job) -> Result:
         seconds=meter.seconds,
         losses=losses,
         peak_bytes=meter.peak_bytes(),
+        cpu_seconds=meter.cpu_seconds,
         n_learning=schedule.stages[0].selection.n_elements,
         notes=notes,
     )
