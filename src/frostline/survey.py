@@ -124,8 +124,11 @@ def survey(
     counted, whatever the recipe makes of them. `say` is told how far reading is. Raises a `FrostlineError` for files
     that cannot be read.
     """
+    keep: tuple[str | SourceSpec, ...] = ()
     if isinstance(target, Recipe):
-        spec, made = target.data, get_tokenizer(target, trust_remote_code=trust_remote_code)
+        spec, keep = target.data, target.eval.keep or ()
+        readable = target.model_copy(update={"data": spec.model_copy(update={"invalid": "drop"})})
+        made = get_tokenizer(readable, trust_remote_code=trust_remote_code)
         n_vocabulary = int(load_config(target.model).get_text_config().vocab_size)
         name = str(made.name_or_path) or "trained on the data"
     elif tokenizer is None:
@@ -135,7 +138,7 @@ def survey(
         made = load_tokenizer(checkpoint_of(tokenizer), trust_remote_code=trust_remote_code)
         n_vocabulary = len(made)
     looking = _Looking(spec, made, n_vocabulary, examples, limit, say)
-    return _survey(looking, name, is_recipe=isinstance(target, Recipe))
+    return _survey(looking, name, keep, is_recipe=isinstance(target, Recipe))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,20 +153,23 @@ class _Looking:
     say: Callable[[str], None]
 
 
-def _survey(looking: _Looking, name: str, *, is_recipe: bool) -> Survey:
+def _survey(looking: _Looking, name: str, keep: tuple[str | SourceSpec, ...], *, is_recipe: bool) -> Survey:
     drops = looking.spec.invalid == "drop"
     spec = looking.spec.model_copy(update={"invalid": "drop"})  # all that is wrong, at once
     looking = replace(looking, spec=spec)
     sources = {"train" if is_recipe else "data": spec.train}
     if isinstance(spec.held_out, tuple):
         sources["held out"] = spec.held_out
+    if keep:
+        sources["keep"] = keep
     parts, counted, whole = [], [], True
     for part, paths in sources.items():
         made, counts, is_whole = _part(part, paths, looking)
         parts.append(made)
         counted.append(counts)
         whole = whole and is_whole
-    trained, held_out = _sides(spec, counted, parts[0].fate) if is_recipe or len(parts) > 1 else ([], [])
+    has_held_out = is_recipe or isinstance(spec.held_out, tuple)
+    trained, held_out = _sides(spec, counted, parts[0].fate) if has_held_out else ([], [])
     leaks = leaks_between(
         [(c.keys[i], c.sources[i]) for c, i in trained], [(c.keys[i], c.sources[i]) for c, i in held_out]
     )

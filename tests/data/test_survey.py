@@ -219,3 +219,23 @@ def test_the_split_of_a_share_is_the_one_that_training_makes(tmp_path, model):
     feed = make_feed(loaded, get_tokenizer(loaded))
     n = int(re.search(r"(\d+) of them", survey(loaded).split)[1])
     assert (n, 30 - n) == (len(feed.held_out), len(feed.train))
+
+
+def test_what_forgetting_is_measured_on_is_a_part_of_its_own_and_no_leak(tmp_path, model):
+    train = jsonl(tmp_path / "a.jsonl", [TURNS, CONVERSATIONS["system"]] * 2)
+    keep = jsonl(tmp_path / "k.jsonl", [{"text": "the river"}])
+    file = recipe(tmp_path, model, train=str(train), held_out=[str(keep)])
+    values = {**json.loads(file.read_text()), "eval": {"keep": [str(train)]}}
+    file.write_text(json.dumps(values))
+    found = survey(load_recipe(file))
+    assert [p.name for p in found.parts] == ["train", "held out", "keep"]
+    assert (found.parts[2].n_examples, found.n_leaks) == (4, 0)
+
+
+def test_all_that_is_wrong_is_listed_where_the_tokenizer_is_trained_on_the_data_too(tmp_path, model):
+    train = jsonl(tmp_path / "a.jsonl", [{"text": "the cold river " * 20}, {"text": 3}, {"txt": "x"}])
+    file = recipe(tmp_path, model, train=str(train), held_out=[str(train)])
+    values = {**json.loads(file.read_text()), "tokenizer": {"train": "byte-bpe"}}
+    file.write_text(json.dumps(values))
+    found = survey(load_recipe(file))
+    assert (found.parts[0].files[0].dropped, found.n_refused) == (2, 4)
