@@ -99,7 +99,7 @@ def measure(name: str, job: Job, *, python: str) -> dict[str, Any]:
     """One run of one system in its own process, and what else the machine did meanwhile."""
     folder = WORK / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    asked, answer = folder / "job.json", folder / "result.json"
+    asked, answer = folder / f"job-{os.getpid()}.json", folder / f"result-{os.getpid()}.json"
     asked.write_text(json.dumps(asdict(job)))
     answer.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}

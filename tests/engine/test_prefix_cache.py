@@ -477,4 +477,4 @@ def test_of_every_type_the_split_is_exact_or_refused(model_type: str) -> None:
 def test_what_was_said_is_in_the_run_folder(tmp_path: Path) -> None:
     trained(tmp_path, "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
-    assert [r["value"] for r in rows if r.get("event") == "setting"] == ["on"]
+    assert [r["value"] for r in rows if r.get("setting") == "cache.prefix"] == ["on"]
