@@ -177,6 +177,24 @@ def test_balanced_experts_survive_kills_and_rollbacks(driver: Driver, folder: Pa
     check(driver, data, [[{"after_step": 1}, {"rolled_back": True}, {"after_step": 6}]], spoil=[3, 5])
 
 
+DEEPSEEK = {
+    "architecture": "deepseek_v3", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48,
+    "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["skip", pytest.param("rollback", marks=SLOW)])
+def test_the_load_of_a_step_that_did_not_count_moves_no_correction(driver: Driver, folder: Path, policy: str) -> None:
+    """A buffer that learns by a rule, from counts that are no part of a checkpoint."""
+    stages = [{"learn": "router", "steps": 6, "lr": 1e-2, "moe": {"bias": 0.01}, "accumulate": 2}]
+    data = recipe(folder, model=DEEPSEEK, stages=stages, nonfinite={"policy": policy})
+    data["checkpoint"] = {"every": 2, "minutes": None}
+    check(driver, data, [[{"after_step": 3}, {"after_step": 5}]], spoil=[3])
+
+
 # --- random runs ------------------------------------------------------------------------------------------------------
 
 LEARN = ["all", "ffn", "attn", "norm", "all - embed", "layers[-1]", "layers[0].attn.heads[0:2] | embed.rows[3:40]"]

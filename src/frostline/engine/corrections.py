@@ -13,6 +13,13 @@ from frostline.engine.dispatch import take_load
 from frostline.schedule import Stage
 
 
+def forget_load(model: nn.Module, stage: Stage) -> None:
+    """Called before a step: what a measurement, or a step that did not count, has routed moves nothing. Counts are no
+    part of a checkpoint, so a run that was resumed would move by others."""
+    if stage.by_rule:
+        take_load(model)
+
+
 @torch.no_grad()
 def move_corrections(model: nn.Module, stage: Stage) -> list[str]:
     """Move the correction biases that `stage` says, by the load of the step just done; returns their names."""

@@ -16,7 +16,7 @@ from torch import nn
 from frostline.anatomy import Anatomy, fingerprint
 from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.compiled import Compiled, as_it_is, graphs
-from frostline.engine.corrections import move_corrections
+from frostline.engine.corrections import forget_load, move_corrections
 from frostline.engine.dispatch import set_dispatch
 from frostline.engine.evaluation import EvalSet, bits_per_byte
 from frostline.engine.events import (
@@ -250,6 +250,7 @@ def train_loop(
                 proved = active
             with settings.watch(active, done - stage.start) if settings.watch else nullcontext():
                 batch, may_skip = batch_of(done, left_out), n_skipped < settings.skip_limit
+                forget_load(model, stage)
                 try:
                     event = _one_step(
                         model, active, schedule, batches(batch, stage), objective, recorder, settings,
