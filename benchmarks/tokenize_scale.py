@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -98,19 +99,23 @@ def prepare(folder: Path, megabytes: int) -> tuple[Path, Path, Path]:
     return large, small, model
 
 
-def measured(command: list[str], environment: dict[str, str]) -> tuple[str, float, int]:
-    """(output, seconds, the most bytes that the process and its children held)."""
-    started, most = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+def measured(command: list[str]) -> tuple[str, float, int]:
+    """(output, CPU seconds of all, the most bytes that the process and its children held)."""
+    before, most = _cpu_s(), 0
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
         most = max(most, sum(map(_pss, _family(process.pid))))
         time.sleep(0.2)
-    seconds = time.perf_counter() - started
     assert process.stdout is not None
     output = process.stdout.read()
     if process.returncode:
         sys.exit(f"{command}: exit code {process.returncode}")
-    return output, seconds, most
+    return output, _cpu_s() - before, most
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _family(pid: int) -> list[int]:
@@ -140,8 +145,9 @@ def train(file: Path, model: Path, out: Path, cache: Path, workers: int, steps: 
     stages = [{"learn": "ffn", "steps": steps, "lr": 1e-4}]
     recipe.write_text(json.dumps({"model": str(model), "data": data, "stages": stages}), encoding="utf-8")
     command = [str(Path(sys.executable).with_name("frostline")), "train", str(recipe), "--out", str(out), "--json"]
-    _, seconds, most = measured(command, {})
-    return seconds, most
+    started = time.perf_counter()
+    _, _, most = measured(command)
+    return time.perf_counter() - started, most
 
 
 def main() -> None:
@@ -158,8 +164,8 @@ def main() -> None:
     _, base = train(small, model, run / "small", run / "cache", given.workers, given.steps)
     seconds, most = train(large, model, run / "large", run / "cache", given.workers, given.steps)
     arguments = [str(large), str(model), str(given.workers)]
-    ours, _, our_bytes = measured([sys.executable, "-c", TOKENS, *arguments, str(run / "tokens")], {})
-    theirs, _, their_bytes = measured([sys.executable, "-c", MAP, *arguments, str(run / "datasets")], {})
+    ours, our_cpu, our_bytes = measured([sys.executable, "-c", TOKENS, *arguments, str(run / "tokens")])
+    theirs, their_cpu, their_bytes = measured([sys.executable, "-c", MAP, *arguments, str(run / "datasets")])
     mine, other = json.loads(ours), json.loads(theirs)
     megabytes = large.stat().st_size / 1e6
     print(
@@ -170,8 +176,18 @@ def main() -> None:
                 "peak_bytes": most,
                 "peak_bytes_of_1_MB": base,
                 "above_the_model_bytes": most - base,
-                "tokenise": {**mine, "peak_bytes": our_bytes, "MB_per_s": megabytes / mine["tokenise_s"]},
-                "datasets": {**other, "peak_bytes": their_bytes, "map_MB_per_s": megabytes / other["map_s"]},
+                "tokenise": {
+                    **mine,
+                    "cpu_s": our_cpu,
+                    "peak_bytes": our_bytes,
+                    "MB_per_s": megabytes / mine["tokenise_s"],
+                },
+                "datasets": {
+                    **other,
+                    "cpu_s": their_cpu,
+                    "peak_bytes": their_bytes,
+                    "map_MB_per_s": megabytes / other["map_s"],
+                },
                 "over_map": other["map_s"] / mine["tokenise_s"],
                 "over_load_and_map": (other["load_s"] + other["map_s"]) / mine["tokenise_s"],
             },

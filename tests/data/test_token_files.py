@@ -279,10 +279,13 @@ def test_small_inputs_stay_in_memory_and_large_ones_go_to_the_users_cache(files,
     assert cache_folder(spec_of(files[0], cache="here"), sources) == Path("here")
     monkeypatch.setattr("frostline.data.caching.IN_MEMORY_BYTES", 100)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder(spec, sources) == tmp_path / "frostline"
+    monkeypatch.setenv("FROSTLINE_CACHE", str(tmp_path / "own"))
+    assert cache_folder(spec, sources) == tmp_path / "own" / "tokens"
+    monkeypatch.delenv("FROSTLINE_CACHE")
+    assert cache_folder(spec, sources) == tmp_path / "frostline" / "tokens"
     store = load_store(spec, spec.train, tokenizer, n_vocabulary=300, tally=Tally())
     assert_equal(store, in_memory(tokenizer, files[0])[0])
-    assert len(list((tmp_path / "frostline").glob("*/tokens.bin"))) == 1
+    assert len(list((tmp_path / "frostline").glob("tokens/*/tokens.bin"))) == 1
 
 
 def test_mapped_tokens_are_not_in_memory(tmp_path, tokenizer):

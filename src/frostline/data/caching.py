@@ -51,7 +51,9 @@ def cache_folder(spec: DataSpec, sources: list[SourceSpec]) -> Path | None:
         return None
     if sum(f.stat().st_size for s in sources for f in local_files(s)) <= IN_MEMORY_BYTES:
         return None
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frostline"
+    if os.environ.get("FROSTLINE_CACHE"):
+        return Path(os.environ["FROSTLINE_CACHE"]) / "tokens"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frostline" / "tokens"
 
 
 def n_cores() -> int:

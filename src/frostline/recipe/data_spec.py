@@ -82,8 +82,8 @@ class DataSpec(Record):
     """How documents of one row are kept apart: attention called for each, or a mask over rows; `auto`: calls where a
     tiny model of this kind shows that they do, else the mask."""
     cache: str | None = None
-    """The folder that keeps tokens, made once and mapped. When left out, inputs above 64 MB go to the user's cache
-    folder (`$XDG_CACHE_HOME/frostline`, or `~/.cache/frostline`), smaller ones stay in memory."""
+    """The folder that keeps tokens, made once and mapped. When left out, inputs above 64 MB go to
+    `$FROSTLINE_CACHE/tokens` or `~/.cache/frostline/tokens`, smaller ones stay in memory."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes that make tokens for the cache; one per core when left out."""
     format: FormatName = "auto"
