@@ -33,7 +33,7 @@ def chunked_by_torch(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> 
 
 def ours(elements: int) -> Loss:
     def loss(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        linear_loss.CHUNK_ELEMENTS = elements
+        linear_loss.CHUNK_ELEMENTS["cpu"] = elements
         return linear_loss.linear_cross_entropy(x, w, None, labels)
 
     return loss

@@ -175,6 +175,7 @@ def make_ready(
     model.to(device)
     check_finite(model, prepared.anatomy)
     check_it_runs(model, prepared, device)
+    loss = loss_for(prepared, model)
     always = recipe.evidence.flow_every is not None
     points = points_for(prepared.schedule, model, prepared.anatomy, always=always)
     plan = plan_of(prepared, trust_remote_code=trust_remote_code)
@@ -184,7 +185,6 @@ def make_ready(
         if recipe.recompute == "auto":
             plan = plan_of(prepared, recompute=True, trust_remote_code=trust_remote_code)
     compiled = compile_blocks(model, prepared, device) if recipe.compile == "blocks" else None
-    loss = loss_for(prepared, model)
     found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why))
     settled = tuple(c for c in found if getattr(recipe, c.setting) == "auto")
     for i, stage in enumerate(plan.stages if plan else ()):

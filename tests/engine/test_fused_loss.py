@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_loss_module, "CHUNK_ELEMENTS", 5 * tiny.VOCABULARY)
+    monkeypatch.setitem(linear_loss_module.CHUNK_ELEMENTS, "cpu", 5 * tiny.VOCABULARY)
 
 
 def rows(*, ignoring: bool = True) -> Batch:
@@ -93,7 +93,7 @@ class Anew(torch.autograd.Function):
 def test_its_gradients_are_those_of_finite_differences(
     wanted: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_loss_module, "CHUNK_ELEMENTS", 3 * 11)
+    monkeypatch.setitem(linear_loss_module.CHUNK_ELEMENTS, "cpu", 3 * 11)
     shapes = ((8, 5), (11, 5), (11,))
     tensors = [torch.randn(s, dtype=torch.float64) for s in shapes]
     for tensor, learns in zip(tensors, wanted, strict=True):

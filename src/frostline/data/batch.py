@@ -50,11 +50,13 @@ class Batch:
     """Where a row holds several documents; None where each row is one text."""
     attention_mask: torch.Tensor | None = None
     """(rows, length), int64: 0 where a row is padding, where rows differ in length."""
+    counted: int | None = None
+    """Tokens that count in the loss, where they were counted: a device need not be asked, and waited for, again."""
 
     @property
     def n_targets(self) -> int:
         """Tokens that count in the loss."""
-        return int((self.labels != -100).sum())
+        return int((self.labels != -100).sum()) if self.counted is None else self.counted
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -63,8 +65,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same rows on another device."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), attention_mask=mask)
+        mask = None if self.attention_mask is None else _moved(self.attention_mask, device)
+        ids, labels = _moved(self.input_ids, device), _moved(self.labels, device)
+        return replace(self, input_ids=ids, labels=labels, attention_mask=mask, counted=self.n_targets)
 
     def split(self, n: int) -> list[Batch]:
         """`n` micro-batches of equal size: of rows, or of the documents of a single row (`n` divides them)."""
@@ -99,6 +102,13 @@ class Batch:
             ids, labels = self.input_ids[:, start:end], self.labels[:, start:end]
             out.append(Batch(input_ids=ids, labels=labels, documents=inside))
         return out
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; CUDA takes it from pinned memory while it still computes what came before."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def model_inputs(

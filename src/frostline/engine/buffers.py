@@ -16,17 +16,23 @@ class FrozenBuffers:
     """The buffers of a model, as they were."""
 
     def __init__(self, model: nn.Module, derived: tuple[str, ...]) -> None:
-        self.model = model
         kept = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in derived}
+        # who holds each one: a walk through all modules in every step costs more than the comparison
+        self._held = {n: (model.get_submodule(n.rpartition(".")[0])._buffers, n.rpartition(".")[2]) for n in kept}
         self._before = {n: (b, b.detach().clone()) for n, b in kept.items()}
         self._seen = {n: b._version for n, b in kept.items()}
 
     def accept(self, names: Iterable[str]) -> None:
         """Take these buffers as they are now for what they should be: a rule has moved them."""
-        current = dict(self.model.named_buffers(remove_duplicate=False))
         for name in names:
-            self._before[name] = (current[name], current[name].detach().clone())
-            self._seen[name] = current[name]._version
+            tensor = self._current(name)
+            assert tensor is not None
+            self._before[name] = (tensor, tensor.detach().clone())
+            self._seen[name] = tensor._version
+
+    def _current(self, name: str) -> torch.Tensor | None:
+        held, own = self._held[name]
+        return held.get(own)
 
     def restore(self) -> list[str]:
         """Put back what has changed since the last call; returns the names.
@@ -35,14 +41,14 @@ class FrozenBuffers:
         may be large, are compared only when their version says that something wrote to them.
         """
         changed = []
-        current = dict(self.model.named_buffers(remove_duplicate=False))
         for name, (tensor, values) in self._before.items():
             is_mask = tensor.dtype in (torch.bool, torch.uint8)
-            if current.get(name) is tensor and is_mask and tensor._version == self._seen[name]:
+            current = self._current(name)
+            if current is tensor and is_mask and tensor._version == self._seen[name]:
                 continue
-            if current.get(name) is not tensor:
-                path, _, own = name.rpartition(".")
-                self.model.get_submodule(path)._buffers[own] = tensor
+            if current is not tensor:
+                held, own = self._held[name]
+                held[own] = tensor
                 changed.append(name)
             if not torch.equal(_bytes(tensor), _bytes(values)):
                 with torch.no_grad():

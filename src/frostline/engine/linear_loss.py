@@ -16,8 +16,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK_ELEMENTS = 1 << 23
-"""Logits that are alive at once, about: 32 MiB in fp32, twice. Measured in `benchmarks/fused_loss.py`."""
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""Logits that are alive at once, about: 32 MiB in fp32 on a CPU, 256 MiB on CUDA, whose products want many rows; twice.
+Measured in `benchmarks/fused_loss.py` and `benchmarks/bench/gpu.py`."""
 
 _thread = threading.local()
 
@@ -71,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
         db = torch.zeros(v, dtype=wide, device=hidden_ND.device) if wanted[2] else None
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
-        rows = max(1, min(n, CHUNK_ELEMENTS // v))
+        rows = max(1, min(n, CHUNK_ELEMENTS[hidden_ND.device.type] // v))
         for start in range(0, n, rows):
             x_CD, labels_C1 = hidden_ND[start : start + rows], labels_N[start : start + rows, None]
             p_CV = functional.linear(x_CD, weight_VD, bias_V).to(wide)

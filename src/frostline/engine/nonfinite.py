@@ -11,7 +11,7 @@ from torch import nn
 
 from frostline.engine.compiled import as_it_is
 from frostline.engine.owned import Ownership
-from frostline.engine.step import Countable, LossFunction
+from frostline.engine.step import Countable, LossFunction, seed_dropout
 from frostline.randomness import derive_seed
 from frostline.selection import Selection
 
@@ -29,7 +29,7 @@ def find_nonfinite(
 ) -> str:
     """The first module whose output is not finite, with its micro-batch; else the parts whose gradients are not."""
     for i, micro_batch in enumerate(micro_batches):
-        torch.manual_seed(derive_seed(seed, "micro-batch", i))
+        seed_dropout(derive_seed(seed, "micro-batch", i), device)
         found: list[str] = []
         with (
             as_it_is(),

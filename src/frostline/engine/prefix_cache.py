@@ -179,7 +179,7 @@ class _Reader:
         assert indices is not None
         tokens = hashes_of(batch)
         if store.has(indices, tokens) and self._still_true(model, batch, plain):
-            kept = store.read(indices).to(batch.input_ids.device, non_blocking=True)
+            kept = store.read(indices, batch.input_ids.device)
             with self.split.entered(kept):
                 return plain(model, batch)
         if store.was_damaged:

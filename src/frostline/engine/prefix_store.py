@@ -30,6 +30,7 @@ from frostline.errors import StorageError
 from frostline.run_folder import storage_errors, write_text
 
 ENTRY = struct.Struct("<QII")
+CPU = torch.device("cpu")
 MARK = 0x66726F73
 COMMIT_BYTES = 64 << 20
 """Rows that are written before they are put on disk and entered."""
@@ -43,6 +44,8 @@ class RowStore:
         self.folder, self.n_rows = folder, n_rows
         self.shape, self.dtype, self.row_bytes = tuple(like.shape), like.dtype, like.nbytes
         self.was_damaged = False
+        self._pinned: torch.Tensor | None = None
+        self._copied: Any = None
         self._fresh: dict[int, bytes] = {}
         self._verified: set[int] = set()
         self._data = self._table = -1
@@ -86,10 +89,25 @@ class RowStore:
             self._verified.add(row)
         return True
 
-    def read(self, rows: Sequence[int]) -> torch.Tensor:
-        """The activations of rows that are there, on the CPU."""
-        found = np.take(self._rows, list(rows), axis=0)
-        return torch.from_numpy(found).view(self.dtype).reshape(len(rows), *self.shape)
+    def read(self, rows: Sequence[int], device: torch.device = CPU) -> torch.Tensor:
+        """The activations of rows that are there, on a device."""
+        if device.type == "cuda":
+            found = self._read_pinned(rows).to(device, non_blocking=True)
+            self._copied.record()
+        else:
+            found = torch.from_numpy(np.take(self._rows, list(rows), axis=0))
+        return found.view(self.dtype).reshape(len(rows), *self.shape)
+
+    def _read_pinned(self, rows: Sequence[int]) -> torch.Tensor:
+        """The rows in memory that a device reads by itself, made once: fresh pages for every batch, and a second copy
+        on the way, took longer than most steps."""
+        if self._pinned is None or len(self._pinned) < len(rows):
+            self._pinned = torch.empty((len(rows), self.row_bytes), dtype=torch.uint8, pin_memory=True)
+            self._copied = torch.cuda.Event()
+        self._copied.synchronize()  # what was read before has arrived
+        here = self._pinned[: len(rows)]
+        np.take(self._rows, list(rows), axis=0, out=here.numpy(), mode="clip")  # other modes copy once more
+        return here
 
     def write(self, rows: Sequence[int], tokens: Sequence[int], activations: torch.Tensor) -> None:
         """Keep what is not there yet. Raises `StorageError`."""

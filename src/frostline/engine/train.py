@@ -255,9 +255,9 @@ def train_loop(
                     event = _one_step(
                         model, active, schedule, batches(batch, stage), objective, recorder, settings,
                         at=done, batch=batch, may_skip=may_skip, recent=recent,
+                        put_back=lambda: recorder.drifted(buffers.restore()),
                     )  # fmt: skip
                 except NonFiniteError as why:
-                    recorder.drifted(buffers.restore())
                     active = take_back(why, active)
                     buffers.accept(s.tensor for s in stage.by_rule)
                     continue
@@ -266,7 +266,6 @@ def train_loop(
             tell(event)
             if done == stage.start and (text := recorder.loss_warning(stage)):
                 tell(Noted(text=text, is_warning=True))
-            recorder.drifted(buffers.restore())
             if not event.skipped:
                 buffers.accept(move_corrections(model, stage))
             done += 1
@@ -350,14 +349,18 @@ def _one_step(
     batch: int,
     may_skip: bool,
     recent: Sequence[float],
+    put_back: Callable[[], None],
 ) -> StepDone:
+    """`put_back`: called after the backward pass, for what the passes have changed beside gradients."""
     started = time.perf_counter()
     stage, ownership, optimizer = active.stage, active.ownership, active.optimizer
     seed = derive_seed(settings.seed, "step", batch)
     computed = step(model, micro_batches, loss, seed=seed, device=settings.device, bf16=settings.bf16)
     if settings.compiled is not None:
         settings.compiled.drop_zeros()
-    value, norm = computed.loss.item(), ownership.norm()
+    norm = ownership.norm()
+    value = computed.loss.item()  # a device is waited for here; what else must be read from it is read now
+    put_back()
     finite = math.isfinite(value) and bool(norm.isfinite())
     if not finite and not may_skip:
         bf16, device = settings.bf16, settings.device

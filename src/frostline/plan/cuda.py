@@ -4,6 +4,7 @@ Rules, with torch 2.11 to 2.13 in mind:
 - attention in fp32 with fewer key than query heads has no fused kernel: the scores of every head are stored;
   all other attention is fused, with dropout too (the CPU stores the scores there);
 - a dropout mask is one byte per element (on the CPU it has the input's type);
+- the head and loss in one (`linear_loss.py`) take more rows at a time;
 - the allocator hands out multiples of 512 bytes.
 Not counted: the CUDA context, workspaces of cuBLAS (up to 32 MiB), fragmentation. Read `cuda_kernels` first.
 """
@@ -18,6 +19,8 @@ from unittest.mock import patch
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from frostline.engine.linear_loss import CHUNK_ELEMENTS
 
 BLOCK = 512
 """Bytes that the caching allocator rounds up to."""
@@ -48,5 +51,6 @@ def cuda_kernels() -> Iterator[None]:
     with (
         patch.object(functional, "scaled_dot_product_attention", chosen),
         patch.object(functional, "dropout", dropout),
+        patch.dict(CHUNK_ELEMENTS, cpu=CHUNK_ELEMENTS["cuda"]),
     ):
         yield
