@@ -81,11 +81,12 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("out")
+    parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS))
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; steps of 16 × 128 tokens")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     held = True
-    for name in STEPS:
+    for name in args.only:
         reference: list[float] = []
         for precision, rounding, compiled in SETTINGS:
             row = run(name, args, precision, rounding, compiled)
