@@ -258,6 +258,7 @@ def train_loop(
                         put_back=lambda: recorder.drifted(buffers.restore()),
                     )  # fmt: skip
                 except NonFiniteError as why:
+                    recorder.drifted(buffers.restore())  # looking for where it began has computed the step once more
                     active = take_back(why, active)
                     buffers.accept(s.tensor for s in stage.by_rule)
                     continue
