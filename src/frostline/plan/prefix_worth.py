@@ -5,9 +5,10 @@ from __future__ import annotations
 from frostline.plan.plan import Plan
 from frostline.schedule import Schedule, Stage
 
-RATES = {"cpu": (1.5e11, 1.5e9), "cuda": (2e14, 3e9)}
-"""Device → FLOPs per second of products, and bytes per second that rows are read and checked at; rough, and enough to
-tell a block of a small model, which is read no faster than computed, from the rest."""
+RATES = {"cpu": (1.5e11, 1.5e9, 1.5e9), "cuda": (2e14, 4e9, 7e8)}
+"""Device → FLOPs per second of products, and bytes per second that rows are read and written at, checked and put on
+disk; rough (CUDA's are of one H200, `docs/performance.md`), and enough to tell blocks of a small model, which are
+computed as fast as they are read, from the rest."""
 STEP_SECONDS = 1e-3
 """What looking up the rows of a step takes, whatever their size."""
 LEAST = 0.05
@@ -27,10 +28,11 @@ def why_not_worth(plan: Plan | None, schedule: Schedule, stage: Stage) -> str | 
     again = n_steps - once
     if again <= 0:
         return f"no row comes again ({n_steps} steps, an epoch has {once})"
-    flops_per_s, bytes_per_s = RATES[plan.batching.device]
+    flops_per_s, read_per_s, written_per_s = RATES[plan.batching.device]
     step = cost.total_flops / flops_per_s
-    moved = cost.prefix_bytes_per_token * plan.batching.tokens / bytes_per_s
-    saved = again * (cost.prefix_flops / flops_per_s - moved - STEP_SECONDS) - once * moved
+    n_bytes = cost.prefix_bytes_per_token * plan.batching.tokens
+    saved = again * (cost.prefix_flops / flops_per_s - n_bytes / read_per_s - STEP_SECONDS)
+    saved -= once * n_bytes / written_per_s
     if saved < LEAST * n_steps * step:
         return f"it would save about {max(saved / (n_steps * step), 0):.0%} of the stage"
     return None
