@@ -33,8 +33,10 @@ from frostline.experiment.figures import STYLE, WIDTH_IN
 from frostline.feed import held_out_batches
 from frostline.model import load_random, load_skeleton
 from frostline.plan import Batching, make_plan, points_for, time_stage
+from frostline.prepared import choose_device, prepare
+from frostline.ready import load_weights
 from frostline.recipe import Recipe, ScratchModel, StageSpec, load_recipe
-from frostline.run import choose_device, load_weights, prepare, train
+from frostline.run import train
 from frostline.schedule import Schedule
 from frostline.selection import select
 

@@ -16,6 +16,7 @@ import tiny
 from typer.testing import CliRunner
 
 from frostline import audit, train
+from frostline import ready as ready_module
 from frostline import run as running
 from frostline.checkpoints import Checkpoints
 from frostline.cli import app
@@ -34,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run, `run`, that a base can be taken from, and with checkpoints."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "plan_of", lambda *_, **__: None)
+        patch.setattr(ready_module, "plan_of", lambda *_, **__: None)
         train(tiny.recipe(folder), out=folder / "run")
     return folder
 
@@ -47,7 +48,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "plan_of", lambda *_, **__: None)
+    monkeypatch.setattr(ready_module, "plan_of", lambda *_, **__: None)
 
 
 def on(base: Path, folder: Path) -> dict[str, Any]:

@@ -32,6 +32,8 @@ ROWS: dict[str, float] = {
     "sets": 6.3,
     "expansion": 6,
     "levers": 6.5,
+    "prepared": 6.6,
+    "ready": 6.7,
     "run": 7,
     "learning": 7,
     "planning": 7.5,

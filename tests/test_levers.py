@@ -13,8 +13,8 @@ from frostline import levers, train
 from frostline.engine import Chose
 from frostline.errors import ModelError
 from frostline.levers import cache_folder, determinism, recompute_for
+from frostline.prepared import plan_of, prepare
 from frostline.resume import resume
-from frostline.run import plan_of, prepare
 
 CPU = torch.device("cpu")
 

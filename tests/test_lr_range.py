@@ -18,8 +18,8 @@ from frostline.cli import app
 from frostline.errors import FrostlineError, RecipeError
 from frostline.experiment.lr_plot import draw_range_test
 from frostline.lr_range import range_test, read_curve
+from frostline.ready import make_ready
 from frostline.recipe import Recipe, dump_yaml
-from frostline.run import make_ready
 
 
 @pytest.fixture

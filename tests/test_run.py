@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import frostline
 from frostline.engine import StepDone
 from frostline.errors import DataError, FrostlineError, ModelError, RecipeError, RunFolderError
+from frostline.prepared import prepare
 from frostline.recipe import load_recipe
-from frostline.run import prepare
 from frostline.run_folder import RunFolder
 
 

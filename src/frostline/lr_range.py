@@ -23,8 +23,8 @@ from frostline.engine.train import enter_routes, held_out_loss
 from frostline.errors import FrostlineError, RecipeError, SelectionError
 from frostline.feed import batches_of, held_out_batches
 from frostline.randomness import derive_seed
+from frostline.ready import Ready, make_ready
 from frostline.recipe import Recipe
-from frostline.run import Ready, make_ready
 from frostline.schedule import Schedule, Stage
 from frostline.selection import Selection, select
 

@@ -21,8 +21,8 @@ from frostline.feed import fit_attention
 from frostline.levers import memory_of
 from frostline.model import Source, load_random, load_skeleton, untie
 from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, points_for, time_stage
+from frostline.prepared import batching_of, choose_device, prepare
 from frostline.recipe import Recipe, StageSpec, load_recipe, plain
-from frostline.run import batching_of, choose_device, prepare
 from frostline.run_folder import checkpoint_of
 from frostline.schedule import Schedule, Stage
 from frostline.selection import select

@@ -19,8 +19,10 @@ from frostline.engine.run_state import RunState, from_files, misfits
 from frostline.environment import describe_environment
 from frostline.errors import RunFolderError
 from frostline.levers import determinism
+from frostline.prepared import Prepared, choose_device
+from frostline.ready import Ready, make_ready
 from frostline.recipe import Recipe, keys_of, load_recipe
-from frostline.run import Prepared, Ready, RunResult, carry_out, choose_device, make_ready, run_name
+from frostline.run import RunResult, carry_out, run_name
 from frostline.run_folder import RunFolder, damaged_records
 
 MATTERS = (

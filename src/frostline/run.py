@@ -1,7 +1,7 @@
 """THE MAIN PATH: recipe → anatomy → selections → schedule → weights → training → run folder → audit.
 
-Read `train` from top to bottom: it is the order in which things happen. Everything that can be wrong with a recipe
-is found in `prepare`, before anything is written.
+Read `train` from top to bottom: it is the order in which things happen. `prepared.py` finds what can be wrong with a
+recipe, without weights and before anything is written; `ready.py` has the model in memory.
 """
 
 from __future__ import annotations
@@ -16,87 +16,32 @@ from types import FrameType
 from typing import Any
 from uuid import uuid4
 
-import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, find_blocks, read_anatomy
+from frostline.anatomy import Anatomy
 from frostline.audit import Audit, audit
 from frostline.checkpoints import Checkpoints
-from frostline.choices import Choice, make_choice, write_choice
+from frostline.choices import write_choice
 from frostline.data import files_to_hash
-from frostline.dtypes import dtype_note, weights_dtype
-from frostline.engine import (
-    Chose,
-    Chosen,
-    LoopSettings,
-    LossFunction,
-    Observer,
-    Points,
-    PrefixCache,
-    check_installed,
-    choose_loss,
-    loss_of,
-    next_token_loss,
-    set_routes,
-    train_loop,
-)
-from frostline.engine.compiled import Compiled, check_compiles
-from frostline.engine.evaluation import EvalSet
+from frostline.dtypes import dtype_note
+from frostline.engine import LoopSettings, Observer, PrefixCache, loss_of, train_loop
 from frostline.engine.load_log import log_load
-from frostline.engine.recompute import recompute_blocks
 from frostline.engine.run_state import RunState
 from frostline.environment import describe_environment, hash_file
-from frostline.errors import (
-    FrostlineError,
-    ModelError,
-    NonFiniteError,
-    PlanError,
-    RecipeError,
-    RouteError,
-    RunFolderError,
-    SelectionError,
-)
-from frostline.expansion import Expansion, expand, named_in
-from frostline.feed import Feed, batches_of, fit_attention, get_tokenizer, held_out_batches, make_feed, step_shapes
-from frostline.levers import determinism, prefix_cache_of, recompute_for, sayer
-from frostline.measuring import choose
-from frostline.model import load_model, load_skeleton, save_model, untie
-from frostline.plan import (
-    Batching,
-    Plan,
-    StageCheck,
-    StepMeters,
-    check_plan,
-    checks_to_json,
-    make_plan,
-    plan_to_json,
-    points_for,
-)
-from frostline.recipe import Recipe, ScratchModel, dump_yaml, load_recipe, stage_name
+from frostline.errors import NonFiniteError, RunFolderError
+from frostline.feed import batches_of, held_out_batches
+from frostline.levers import determinism, prefix_cache_of, sayer
+from frostline.model import save_model
+from frostline.plan import StageCheck, StepMeters, check_plan, checks_to_json, plan_to_json
+from frostline.prepared import Prepared, choose_device
+from frostline.ready import Ready, make_ready
+from frostline.recipe import Recipe, dump_yaml, load_recipe
 from frostline.run_folder import RunFolder, State, storage_errors, write_text
 from frostline.saver import Saver
-from frostline.schedule import Schedule, StepSize, make_groups
-from frostline.selection import Selection, select
-from frostline.sets import eval_sets, held_out_bytes
+from frostline.sets import held_out_bytes
 
 FLOW_EVERY = 50
 """Steps between measurements of where gradients go, in a run with gradient routes whose recipe does not say."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """A recipe that was found to make sense: everything but the weights."""
-
-    recipe: Recipe
-    """With plain stages."""
-    expansion: Expansion | None
-    """The named schedule that the stages come from."""
-    anatomy: Anatomy
-    schedule: Schedule
-    choice: Choice | None
-    """What selections were resolved to where the model alone does not decide."""
-    tokenizer: Any
-    feed: Feed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,72 +81,6 @@ def train(
         folder = start_folder(ready.prepared, out)
         with folder.locked():
             return carry_out(ready, folder, observers=observers)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ready:
-    """A run that can start: its model in memory."""
-
-    prepared: Prepared
-    model: nn.Module
-    device: torch.device
-    points: Points | None
-    loss: LossFunction
-    """The next-token loss, in the way that pays."""
-    settled: tuple[Chose, ...]
-    """Settings that the recipe left open, and what became of them."""
-    compiled: Compiled | None
-    plan: Plan | None
-    sets: tuple[EvalSet, ...] = ()
-    """What is measured beside the held-out data."""
-
-
-def make_ready(
-    recipe: Recipe,
-    *,
-    choice: Choice | None = None,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-) -> Ready:
-    """Check a recipe, load its model, plan it; writes nothing but a cache. `choice`: kept by the run that goes on.
-
-    `say`: told how far reading the data is. Raises a `FrostlineError`.
-    """
-    choice = choice or choose(recipe, trust_remote_code=trust_remote_code)
-    prepared = prepare(recipe, choice=choice, trust_remote_code=trust_remote_code, say=say)
-    device = choose_device(recipe)
-    model = load_weights(prepared, trust_remote_code=trust_remote_code)
-    fit_attention(model, prepared.feed.kept_by)
-    model.to(device)
-    check_finite(model, prepared.anatomy)
-    check_it_runs(model, prepared, device)
-    loss = loss_for(prepared, model)
-    always = recipe.evidence.flow_every is not None
-    points = points_for(prepared.schedule, model, prepared.anatomy, always=always)
-    plan = plan_of(prepared, trust_remote_code=trust_remote_code)
-    chosen = recompute_for(recipe, plan, device)
-    if chosen.value == "blocks":
-        recompute_blocks([block for _, block in find_blocks(model)])
-        if recipe.recompute == "auto":
-            plan = plan_of(prepared, recompute=True, trust_remote_code=trust_remote_code)
-    compiled = compile_blocks(model, prepared, device) if recipe.compile == "blocks" else None
-    found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why))
-    settled = tuple(c for c in found if getattr(recipe, c.setting) == "auto")
-    for i, stage in enumerate(plan.stages if plan else ()):
-        if not stage.cost.gradient_bytes:
-            raise RecipeError(f"stages[{i}]: nothing of `{stage.learn}` gets a gradient: its routes cut all of it off")
-    sets = eval_sets(recipe, prepared.feed, prepared.tokenizer, device, say=say)
-    return Ready(
-        prepared=prepared,
-        model=model,
-        device=device,
-        points=points,
-        loss=loss.loss,
-        settled=settled,
-        compiled=compiled,
-        plan=plan,
-        sets=sets,
-    )
 
 
 def carry_out(
@@ -271,221 +150,11 @@ def run_name(folder: RunFolder) -> str:
     return name
 
 
-def plan_of(prepared: Prepared, *, recompute: bool | None = None, trust_remote_code: bool = False) -> Plan | None:
-    """The plan of a run; None where the model's cost cannot be predicted (it then trains all the same).
-
-    `recompute`: whether blocks are computed again, where the recipe leaves that open.
-    """
-    recipe = prepared.recipe
-    batching = batching_of(prepared, choose_device(recipe))
-    try:
-        return make_plan(
-            recipe.model,
-            prepared.schedule,
-            batching if recompute is None else replace(batching, recompute=recompute),
-            untied=recipe.ties == "untie",
-            trust_remote_code=trust_remote_code,
-        )
-    except PlanError:
-        return None
-
-
-def batching_of(prepared: Prepared, device: torch.device) -> Batching:
-    """What a step of the recipe takes."""
-    recipe = prepared.recipe
-    shape, largest = step_shapes(recipe, prepared.feed, n_steps=prepared.schedule.n_steps)
-    return Batching(
-        shape=shape,
-        largest=largest,
-        rows=recipe.data.batch,
-        length=recipe.data.length,
-        bf16=recipe.precision == "bf16-mixed",
-        weights="bf16" if recipe.precision == "bf16" else "fp32",
-        rounding=recipe.rounding or "masters",
-        recompute=recipe.recompute == "blocks",
-        device="cuda" if device.type == "cuda" else "cpu",
-        loss=recipe.loss,
-    )
-
-
-def loss_for(prepared: Prepared, model: nn.Module) -> Chosen:
-    """The next-token loss as the recipe wants it. Raises `RecipeError` for one that would not be exact."""
-    recipe = prepared.recipe
-    largest = recipe.data.batch * recipe.data.length // min(s.accumulate for s in recipe.stages)
-    try:
-        return choose_loss(recipe.loss, model, prepared.anatomy, n_tokens=largest)
-    except ModelError as error:
-        raise RecipeError(str(error)) from None
-
-
-def compile_blocks(model: nn.Module, prepared: Prepared, device: torch.device) -> Compiled:
-    """The model's blocks, to be compiled when a stage needs them. Raises `CompileError` for those that cannot be."""
-    if prepared.feed.layout != "stream":
-        raise RecipeError(
-            f"compile: rows of layout {prepared.feed.layout} differ in shape from step to step, and every shape is "
-            "a graph of its own: use layout stream, or leave `compile` out"
-        )
-    blocks = [block for _, block in find_blocks(model)]
-
-    def call() -> None:
-        model.train()
-        next_token_loss(model, prepared.feed.train.batch([0]).to(device))
-
-    check_compiles(blocks, call, device=device.type)
-    return Compiled(blocks, n_stages=len(prepared.schedule.stages))
-
-
-def check_finite(model: nn.Module, anatomy: Anatomy) -> None:
-    """Raise `ModelError` naming the parts that hold NaN or infinity: nobody else looks, and frozen ones stay."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    bad = {n for n, p in parameters.items() if p.is_floating_point() and not bool(p.detach().isfinite().all())}
-    parts = [c.name for c in anatomy.components if any(s.tensor in bad for s in c.slices)]
-    if parts:
-        more = f" and {len(parts) - 5} more" if len(parts) > 5 else ""
-        raise ModelError(f"the model's weights are not finite in {', '.join(parts[:5])}{more}")
-
-
-def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) -> None:
-    """One forward pass on one row: a model that cannot run is found before anything is written. Raises `ModelError`."""
-    model.eval()
-    try:
-        with torch.no_grad():
-            next_token_loss(model, prepared.feed.train.batch([0]).to(device))
-    except Exception as error:  # models raise anything when their configuration does not fit together
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"the model cannot run on a row of {prepared.recipe.data.length} tokens: {type(error).__name__}: {first}"
-        ) from error
-
-
 def save_result(model: nn.Module, tokenizer: Any, folder: RunFolder) -> None:
     """Save the model and record the hash of each of its files. Raises `StorageError`."""
     with storage_errors(folder.model):
         save_model(model, tokenizer, folder.model)
         folder.write_model_files({p.name: hash_file(p) for p in sorted(folder.model.glob("*")) if p.is_file()})
-
-
-def prepare(
-    recipe: Recipe,
-    *,
-    choice: Choice | None = None,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-) -> Prepared:
-    """Check a recipe against its model and data; reads weights only where its schedule ranks them, writes only a cache.
-
-    `choice`: what its selections mean where they depend on a measurement. `say`: told how far reading the data is.
-    Raises a `FrostlineError`.
-    """
-    skeleton = load_skeleton(recipe.model, dtype=weights_dtype(recipe), trust_remote_code=trust_remote_code)
-    if recipe.ties == "untie":
-        untie(skeleton)
-    anatomy = read_anatomy(skeleton)
-    recipe, expansion = expand(recipe, anatomy, trust_remote_code=trust_remote_code)
-    choice = choice or make_choice(recipe, anatomy)
-    with named_in(expansion):
-        selections = make_selections(recipe, anatomy, choice)
-    tokenizer = get_tokenizer(recipe, trust_remote_code=trust_remote_code)
-    feed = make_feed(recipe, tokenizer, say=say)
-    with named_in(expansion):
-        schedule = make_schedule(recipe, selections, n_rows=len(feed.train), tokens_per_step=feed.tokens_per_step)
-    check_routes(skeleton, anatomy, schedule)
-    return Prepared(
-        recipe=recipe,
-        expansion=expansion,
-        anatomy=anatomy,
-        schedule=schedule,
-        choice=choice,
-        tokenizer=tokenizer,
-        feed=feed,
-    )
-
-
-def make_selections(recipe: Recipe, anatomy: Anatomy, choice: Choice | None = None) -> list[Selection]:
-    """What learns in each stage. Raises `RecipeError` naming the stage: for its selection, its settings by part, or an
-    optimizer that is not installed."""
-    selections: list[Selection] = []
-    known: dict[str, Selection] = {}
-    for i, spec in enumerate(recipe.stages):
-        learn = choice.of(spec.learn) if choice else spec.learn
-        if learn not in known:
-            known[learn] = _select(anatomy, learn, recipe.ties, stage=i)
-        selections.append(known[learn])
-        check_installed(spec.optimizer.name)
-        try:
-            make_groups(selections[-1], spec)
-        except SelectionError as error:
-            raise RecipeError(f"stages[{i}]: {error}") from None
-    return selections
-
-
-def make_schedule(
-    recipe: Recipe, selections: Sequence[Selection], *, n_rows: int, tokens_per_step: int | None = None
-) -> Schedule:
-    """The recipe's stages laid one after another. Raises `RecipeError` when a warm-up does not end before its stage."""
-    tokens = tokens_per_step or recipe.data.batch * recipe.data.length
-    size = StepSize(tokens=tokens, rows=recipe.data.batch, n_rows=n_rows)
-    named = [
-        (stage_name(recipe, i), spec, s) for i, (spec, s) in enumerate(zip(recipe.stages, selections, strict=True))
-    ]
-    try:
-        schedule = Schedule.of(named, step_size=size, across=recipe.lr_across, at_switch=recipe.evidence.at_switch)
-    except RouteError as error:
-        raise RecipeError(str(error)) from None
-    for stage in schedule.stages:
-        if stage.spec.moe and stage.spec.moe.bias is not None and not stage.by_rule:
-            raise RecipeError(
-                f"stages[{stage.index}].moe.bias: no router that learns in this stage has a correction bias "
-                "(DeepSeek-V3 and its kin have one); let `router` learn, or use moe.balance"
-            )
-        if stage.spec.warmup >= stage.n_steps:
-            raise RecipeError(
-                f"stages[{stage.index}]: warmup ({stage.spec.warmup}) must be shorter than the stage, which has "
-                f"{stage.n_steps} steps of {size.tokens} tokens"
-            )
-    if recipe.lr_across is not None and recipe.lr_across.warmup >= schedule.n_steps:
-        raise RecipeError(f"lr_across: warmup must be shorter than the run, which has {schedule.n_steps} steps")
-    return schedule
-
-
-def check_routes(skeleton: nn.Module, anatomy: Anatomy, schedule: Schedule) -> None:
-    """Whether the model has every point that a stage asks for. Raises `RecipeError` naming the stage."""
-    try:
-        points = points_for(schedule, skeleton, anatomy)
-    except RouteError as error:
-        wanting = next(s for s in schedule.stages if s.routes or s.spec.local_loss != "none")
-        at = next((s for s in schedule.stages if s.spec.local_loss != "none"), wanting)
-        raise RecipeError(f"stages[{at.index}]: {error}") from None
-    for stage in schedule.stages if points else ():
-        try:
-            set_routes(points, stage.routes)  # type: ignore[arg-type]
-        except RouteError as error:
-            raise RecipeError(f"stages[{stage.index}].routes: {error}") from None
-
-
-def _select(anatomy: Anatomy, expression: str, ties: str, *, stage: int) -> Selection:
-    try:
-        return select(anatomy, expression, ties="together" if ties == "together" else "error")
-    except SelectionError as error:
-        raise RecipeError(f"stages[{stage}].learn: {error}") from None
-
-
-def load_weights(prepared: Prepared, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model with its weights, untied if the recipe says so, its parts those that were selected from."""
-    recipe = prepared.recipe
-    dtype = weights_dtype(recipe)
-    model = load_model(recipe.model, seed=recipe.seed, dtype=dtype, trust_remote_code=trust_remote_code)
-    if recipe.ties == "untie":
-        untie(model)
-    if isinstance(recipe.model, ScratchModel):
-        tokenizer = prepared.tokenizer
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(model.config, name, getattr(tokenizer, name))
-            setattr(model.generation_config, name, getattr(tokenizer, name))
-    found = read_anatomy(model)
-    if (found.components, found.ties) != (prepared.anatomy.components, prepared.anatomy.ties):
-        raise FrostlineError("the loaded model has other parts or ties than its configuration says; please report this")
-    return model
 
 
 def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
@@ -510,14 +179,6 @@ def start_folder(prepared: Prepared, out: str | Path) -> RunFolder:
         },
     )
     return folder
-
-
-def choose_device(recipe: Recipe) -> torch.device:
-    """Where the run computes. Raises `RecipeError` when the recipe wants CUDA and there is none."""
-    has_cuda = torch.cuda.is_available()
-    if recipe.device == "cuda" and not has_cuda:
-        raise RecipeError("device: the recipe wants cuda, but torch sees no CUDA device here")
-    return torch.device("cuda" if has_cuda and recipe.device != "cpu" else "cpu")
 
 
 def loop_settings(ready: Ready, cache: PrefixCache | None = None) -> LoopSettings:

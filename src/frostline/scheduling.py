@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from frostline.expansion import always_on
+from frostline.prepared import Prepared
 from frostline.recipe import plain
-from frostline.run import Prepared
 
 
 def written_stages(prepared: Prepared) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from frostline.expansion import AlwaysOn, always_on
 from frostline.lr_range import HOW, RangeTest
+from frostline.prepared import Prepared
 from frostline.recipe.shipped import summary
-from frostline.run import Prepared
 from frostline.schedule.spectrum import Ranked
 from frostline.units import format_bytes, format_count, format_share
 

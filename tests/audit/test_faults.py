@@ -20,7 +20,8 @@ from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.optimizers import Optimizers
 from frostline.errors import RunFolderError
 from frostline.model import Weights
-from frostline.run import load_weights, prepare
+from frostline.prepared import prepare
+from frostline.ready import load_weights
 
 Build = Callable[..., Optimizers]
 

@@ -41,7 +41,7 @@ def backend(name: str) -> Iterator[None]:
 def run(folder: Path, architecture: str = "llama", *, observers: Any = (), **overrides: Any) -> RunResult:
     folder.mkdir(exist_ok=True)
     recipe = tiny.recipe(folder, architecture, **overrides)
-    with patch("frostline.run.plan_of", lambda *_, **__: None), backend("aot_eager"):
+    with patch("frostline.ready.plan_of", lambda *_, **__: None), backend("aot_eager"):
         return frostline.train(recipe, out=folder / "run", observers=observers)
 
 

@@ -16,8 +16,8 @@ from frostline.engine import StageStarted
 from frostline.errors import RecipeError, RunFolderError
 from frostline.model import load_model
 from frostline.plan import Batching, make_plan
+from frostline.prepared import prepare
 from frostline.recipe import Recipe
-from frostline.run import prepare
 from frostline.run_folder import RunFolder
 
 LEARNS = ["layers[0]", "layers[1]", "layers[0]", "embed"]
@@ -74,16 +74,16 @@ def test_a_frozen_part_that_moves_between_hashes_is_found_all_the_same(
             with torch.no_grad():
                 dict(model[0].named_parameters())["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
 
-    import frostline.run as run_module
+    from frostline import ready as ready_module
 
-    real = run_module.load_weights
+    real = ready_module.load_weights
 
     def load(*args: Any, **options: Any) -> torch.nn.Module:
         model.append(real(*args, **options))
         return model[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "load_weights", load)
+        patch.setattr(ready_module, "load_weights", load)
         result = train(recipe_of(tmp_path), out=tmp_path / "run", observers=[meddle])
     moved = [(r.component, r.stage) for r in result.audit.rows if r.verdict == "FROZEN BUT MOVED"]
     assert moved == [("layers[2].ffn.up", found_in)]
@@ -92,10 +92,10 @@ def test_a_frozen_part_that_moves_between_hashes_is_found_all_the_same(
 
 def test_a_part_that_moves_while_frozen_is_found_when_it_learns_again(tmp_path: Path) -> None:
     """Layer 0 learns in s0 and s2; what moved it in s1 shows at the switch into s2."""
-    import frostline.run as run_module
+    from frostline import ready as ready_module
 
     model: list[torch.nn.Module] = []
-    real = run_module.load_weights
+    real = ready_module.load_weights
 
     def load(*args: Any, **options: Any) -> torch.nn.Module:
         model.append(real(*args, **options))
@@ -107,7 +107,7 @@ def test_a_part_that_moves_while_frozen_is_found_when_it_learns_again(tmp_path: 
                 dict(model[0].named_parameters())["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "load_weights", load)
+        patch.setattr(ready_module, "load_weights", load)
         result = train(recipe_of(tmp_path), out=tmp_path / "run", observers=[meddle])
     assert [(r.component, r.stage) for r in result.audit.rows if r.verdict == "FROZEN BUT MOVED"] == [
         ("layers[0].ffn.up", "s1")

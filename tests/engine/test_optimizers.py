@@ -23,8 +23,8 @@ from frostline.engine.optimizers import state_bytes
 from frostline.engine.owned import own
 from frostline.engine.stage_switch import Active, Memory, switch
 from frostline.errors import RecipeError
+from frostline.prepared import make_selections
 from frostline.recipe import StageSpec
-from frostline.run import make_selections
 from frostline.schedule import Schedule, Stage
 from frostline.selection import select
 

@@ -13,7 +13,7 @@ import tiny
 import torch
 from torch import nn
 
-from frostline import run as running
+from frostline import ready as ready_module
 from frostline import train
 from frostline.anatomy import find_blocks, read_anatomy
 from frostline.data import Batch
@@ -23,8 +23,8 @@ from frostline.engine.prefix_cache import tried
 from frostline.engine.prefix_store import RowStore, make_room
 from frostline.errors import StorageError
 from frostline.plan import why_not_worth
+from frostline.prepared import plan_of, prepare
 from frostline.recipe import Recipe, StageSpec, recipe_from_dict
-from frostline.run import plan_of, prepare
 from frostline.schedule import Schedule
 from frostline.selection import select
 
@@ -39,7 +39,7 @@ MORE: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def without_plans(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "with_plans" not in request.keywords:  # they take most of a run's time, and `on` needs none
-        monkeypatch.setattr(running, "plan_of", lambda *_, **__: None)
+        monkeypatch.setattr(ready_module, "plan_of", lambda *_, **__: None)
 
 
 def recipe(folder: Path, architecture: str = "llama", *, cache: str = "on", **changes: Any) -> Recipe:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from frostline import audit, train
+from frostline import ready as ready_module
 from frostline import run as running
 from frostline.data import Batch
 from frostline.engine.loss import next_token_loss
@@ -35,7 +36,7 @@ STAGES: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def _no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans take most of the time of a tiny run, and train nothing."""
-    monkeypatch.setattr(running, "plan_of", lambda *_, **__: None)
+    monkeypatch.setattr(ready_module, "plan_of", lambda *_, **__: None)
 
 
 def recipe(folder: Path, **more: Any) -> Recipe:

@@ -114,7 +114,7 @@ def test_local_losses_refused_leave_the_model_alone() -> None:
 
 
 def test_local_losses_of_a_model_with_scaled_logits_are_refused_before_weights_are_loaded(tmp_path: Path) -> None:
-    from frostline.run import prepare
+    from frostline.prepared import prepare
 
     stage = {"learn": "all", "steps": 1, "lr": 1e-3}
     given = tiny.recipe_dict(tmp_path, stages=[stage, {**stage, "local_loss": "shared"}], ties="together")

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import frostline
+from frostline import ready as ready_module
 from frostline import run as running
 from frostline.anatomy import Anatomy, Slice, anatomy_of_parts, intersect
 from frostline.audit import Audit
@@ -82,7 +83,7 @@ def every_piece(anatomy: Anatomy) -> list[Slice]:
 def test_over_ten_stages_every_part_moves_exactly_in_those_that_name_it(
     name: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "plan_of", lambda *_, **__: None)  # ten stages planned cost more than trained
+    monkeypatch.setattr(ready_module, "plan_of", lambda *_, **__: None)  # ten stages planned cost more than trained
     if name in ("adamw8bit", "lion"):
         pytest.importorskip("bitsandbytes")
     optimizer = {"name": name, "weight_decay": 0.1} | ({"momentum": 0.9} if name == "sgd" else {})
@@ -127,7 +128,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault, *, at: int) -> None:
 
 def plant_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault, *learn: str, at: int = 1) -> Audit:
     plant(monkeypatch, fault, at=at)
-    monkeypatch.setattr(running, "plan_of", lambda *_, **__: None)
+    monkeypatch.setattr(ready_module, "plan_of", lambda *_, **__: None)
     optimizer = {"name": "sgd", "momentum": 0.9}
     stages = [
         {"name": f"stage-{i + 1}", "learn": e, "steps": 2, "lr": 1e-2, "optimizer": optimizer}
@@ -605,7 +606,7 @@ def test_an_interrupted_run_with_plateaus_is_unfinished_and_nothing_else(
 
     seen: list[StepDone] = []
     monkeypatch.setattr(running, "stop_on_signal", lambda: stop_after(at))
-    monkeypatch.setattr(running, "plan_of", lambda *_, **__: None)
+    monkeypatch.setattr(ready_module, "plan_of", lambda *_, **__: None)
     plateau = {"every": 2, "patience": 1}
     stages = [{"learn": n, "steps": 6, "lr": 1e-3, "plateau": plateau} for n in ("ffn", "attn")]
     result = frostline.train(
@@ -681,7 +682,7 @@ def test_dropout_comes_back_in_what_thaws_and_after_a_measurement(
     model = tiny.config("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.0)
     recipe = small(tmp_path, stages, model=model, eval={"every": 1, "batches": 1})
     loaded: list[nn.Module] = []
-    original = running.load_weights
+    original = ready_module.load_weights
 
     def load(*args: Any, **fields: Any) -> nn.Module:
         loaded.append(original(*args, **fields))
@@ -690,8 +691,8 @@ def test_dropout_comes_back_in_what_thaws_and_after_a_measurement(
         return loaded[0]
 
     now: list[bool] = []
-    monkeypatch.setattr(running, "load_weights", load)
-    monkeypatch.setattr(running, "plan_of", lambda *_, **__: None)
+    monkeypatch.setattr(ready_module, "load_weights", load)
+    monkeypatch.setattr(ready_module, "plan_of", lambda *_, **__: None)
     frostline.train(recipe, out=tmp_path / "run")
     passes = [tuple(now[i : i + 3]) for i in range(0, len(now), 3)]
     modes = [p for p in passes if any(p)]

@@ -131,9 +131,9 @@ def test_observers_see_stages_steps_and_measurements_in_order(tmp_path: Path) ->
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from frostline import run as running
+    from frostline.engine import next_token_loss as original
 
     calls = [0]
-    original = running.next_token_loss
 
     def loss(model: nn.Module, batch: object) -> torch.Tensor:
         calls[0] += torch.is_grad_enabled()

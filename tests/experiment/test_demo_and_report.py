@@ -18,7 +18,8 @@ from frostline.errors import RunFolderError
 from frostline.experiment import bench as bench_module
 from frostline.experiment.report import write_report
 from frostline.model import load_model
-from frostline.run import load_weights, prepare
+from frostline.prepared import prepare
+from frostline.ready import load_weights
 from frostline.run_folder import RunFolder
 
 SMALL_DEMO = [

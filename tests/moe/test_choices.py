@@ -14,8 +14,9 @@ from frostline.choices import FILE
 from frostline.cli import app
 from frostline.engine import StepDone
 from frostline.errors import RecipeError, RunFolderError
+from frostline.prepared import prepare
 from frostline.resume import resume
-from frostline.run import prepare, train
+from frostline.run import train
 from frostline.run_folder import RunFolder
 from frostline.selection import select
 

@@ -15,9 +15,11 @@ from frostline.engine import StepDone
 from frostline.errors import RecipeError
 from frostline.model import load_model
 from frostline.moe import choice_of, find_sites, watch_routers
+from frostline.prepared import prepare
+from frostline.ready import load_weights
 from frostline.recipe import recipe_from_dict
 from frostline.resume import resume
-from frostline.run import load_weights, prepare, train
+from frostline.run import train
 from frostline.run_folder import RunFolder
 
 DEEPSEEK = {

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from frostline import checkpoints, train
+from frostline import ready as ready_module
 from frostline import run as running
 from frostline.engine import Evaluated, RolledBack, StepDone, next_token_loss, prefix_store
 from frostline.recipe import recipe_from_dict
@@ -172,7 +173,7 @@ def main() -> None:
     torch.set_num_threads(1)
     prefix_store.COMMIT_BYTES = 1
     os.fsync = lambda _: None  # what the system holds survives a kill: this is about processes, not about power
-    running.plan_of = lambda *_, **__: None  # plans take most of a trial's time, and train nothing
+    ready_module.plan_of = lambda *_, **__: None  # plans take most of a trial's time, and train nothing
     root = Path(sys.argv[1])
     whole: dict[str, tuple[str, dict[str, str]]] = {}
     for line in sys.stdin:

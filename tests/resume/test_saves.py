@@ -22,6 +22,7 @@ from test_kills import recipe as kills_recipe
 from trials import Driver
 from typer.testing import CliRunner
 
+from frostline import ready as ready_module
 from frostline import run as running
 from frostline import train
 from frostline.cli import app
@@ -39,7 +40,7 @@ STAGES = [
 @pytest.fixture(autouse=True)
 def _no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans take most of the time of a tiny run, and train nothing."""
-    monkeypatch.setattr(running, "plan_of", lambda *_, **__: None)
+    monkeypatch.setattr(ready_module, "plan_of", lambda *_, **__: None)
 
 
 def recipe(folder: Path, **more: Any) -> Recipe:
@@ -80,7 +81,7 @@ def test_the_next_hundred_batches_after_a_resume_are_those_of_the_run_that_went_
     tiny.write_text(tmp_path / "text.txt", n_words=500)
 
     def batches(steps: range) -> list[bytes]:
-        ready = running.make_ready(recipe_from_dict(data))
+        ready = ready_module.make_ready(recipe_from_dict(data))
         get = running.batches_of(ready.prepared.recipe, ready.prepared.feed.train, torch.device("cpu"))
         stage = ready.prepared.schedule.stages[0]
         assert 100 * data["data"]["batch"] > 3 * len(ready.prepared.feed.train), "several epochs"
@@ -120,7 +121,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after step 7."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "plan_of", lambda *_, **__: None)
+        patch.setattr(ready_module, "plan_of", lambda *_, **__: None)
         train(recipe(folder), out=folder / "run", observers=[stop_after(7)])
     return folder / "run"
 

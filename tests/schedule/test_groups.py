@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from frostline.anatomy import anatomy_of_parts, put
 from frostline.errors import FrostlineError, RecipeError, SelectionError
+from frostline.prepared import make_selections
 from frostline.recipe import RunRateSpec, StageSpec
-from frostline.run import make_selections
 from frostline.schedule import Schedule, make_groups
 from frostline.selection import Selection, select
 

@@ -13,8 +13,8 @@ from frostline.errors import ModelError, RecipeError
 from frostline.expansion import expand
 from frostline.feed import get_tokenizer
 from frostline.model import save_model
+from frostline.prepared import prepare
 from frostline.recipe import recipe_from_dict
-from frostline.run import prepare
 from frostline.schedule.named import chosen_expression
 from frostline.schedule.spectrum import marchenko_pastur, matrices, rank, signal_to_noise
 from frostline.selection import select

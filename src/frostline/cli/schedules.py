@@ -25,8 +25,8 @@ def schedule(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Print the stages of a recipe: a named schedule written out, drawn layers and measured choices included."""
+    from frostline.prepared import prepare
     from frostline.recipe import dump_yaml, load_recipe
-    from frostline.run import prepare
     from frostline.scheduling import schedule_to_json, written_stages
     from frostline.terminal_schedule import print_schedule
 

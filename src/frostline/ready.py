@@ -1,0 +1,160 @@
+"""A run that can start: its model in memory, looked at, planned. Read `make_ready`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from frostline.anatomy import Anatomy, find_blocks, read_anatomy
+from frostline.choices import Choice
+from frostline.dtypes import weights_dtype
+from frostline.engine import Chose, Chosen, LossFunction, Points, choose_loss, next_token_loss
+from frostline.engine.compiled import Compiled, check_compiles
+from frostline.engine.evaluation import EvalSet
+from frostline.engine.recompute import recompute_blocks
+from frostline.errors import FrostlineError, ModelError, RecipeError
+from frostline.feed import fit_attention
+from frostline.levers import recompute_for
+from frostline.measuring import choose
+from frostline.model import load_model, untie
+from frostline.plan import Plan, points_for
+from frostline.prepared import Prepared, choose_device, plan_of, prepare
+from frostline.recipe import Recipe, ScratchModel
+from frostline.sets import eval_sets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """A run that can start: its model in memory."""
+
+    prepared: Prepared
+    model: nn.Module
+    device: torch.device
+    points: Points | None
+    loss: LossFunction
+    """The next-token loss, in the way that pays."""
+    settled: tuple[Chose, ...]
+    """Settings that the recipe left open, and what became of them."""
+    compiled: Compiled | None
+    plan: Plan | None
+    sets: tuple[EvalSet, ...] = ()
+    """What is measured beside the held-out data."""
+
+
+def make_ready(
+    recipe: Recipe,
+    *,
+    choice: Choice | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Ready:
+    """Check a recipe, load its model, plan it; writes nothing but a cache. `choice`: kept by the run that goes on.
+
+    `say`: told how far reading the data is. Raises a `FrostlineError`.
+    """
+    choice = choice or choose(recipe, trust_remote_code=trust_remote_code)
+    prepared = prepare(recipe, choice=choice, trust_remote_code=trust_remote_code, say=say)
+    device = choose_device(recipe)
+    model = load_weights(prepared, trust_remote_code=trust_remote_code)
+    fit_attention(model, prepared.feed.kept_by)
+    model.to(device)
+    check_finite(model, prepared.anatomy)
+    check_it_runs(model, prepared, device)
+    loss = loss_for(prepared, model)
+    always = recipe.evidence.flow_every is not None
+    points = points_for(prepared.schedule, model, prepared.anatomy, always=always)
+    plan = plan_of(prepared, trust_remote_code=trust_remote_code)
+    chosen = recompute_for(recipe, plan, device)
+    if chosen.value == "blocks":
+        recompute_blocks([block for _, block in find_blocks(model)])
+        if recipe.recompute == "auto":
+            plan = plan_of(prepared, recompute=True, trust_remote_code=trust_remote_code)
+    compiled = compile_blocks(model, prepared, device) if recipe.compile == "blocks" else None
+    found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why))
+    settled = tuple(c for c in found if getattr(recipe, c.setting) == "auto")
+    for i, stage in enumerate(plan.stages if plan else ()):
+        if not stage.cost.gradient_bytes:
+            raise RecipeError(f"stages[{i}]: nothing of `{stage.learn}` gets a gradient: its routes cut all of it off")
+    sets = eval_sets(recipe, prepared.feed, prepared.tokenizer, device, say=say)
+    return Ready(
+        prepared=prepared,
+        model=model,
+        device=device,
+        points=points,
+        loss=loss.loss,
+        settled=settled,
+        compiled=compiled,
+        plan=plan,
+        sets=sets,
+    )
+
+
+def load_weights(prepared: Prepared, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model with its weights, untied if the recipe says so, its parts those that were selected from."""
+    recipe = prepared.recipe
+    dtype = weights_dtype(recipe)
+    model = load_model(recipe.model, seed=recipe.seed, dtype=dtype, trust_remote_code=trust_remote_code)
+    if recipe.ties == "untie":
+        untie(model)
+    if isinstance(recipe.model, ScratchModel):
+        tokenizer = prepared.tokenizer
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, name, getattr(tokenizer, name))
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+    found = read_anatomy(model)
+    if (found.components, found.ties) != (prepared.anatomy.components, prepared.anatomy.ties):
+        raise FrostlineError("the loaded model has other parts or ties than its configuration says; please report this")
+    return model
+
+
+def check_finite(model: nn.Module, anatomy: Anatomy) -> None:
+    """Raise `ModelError` naming the parts that hold NaN or infinity: nobody else looks, and frozen ones stay."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    bad = {n for n, p in parameters.items() if p.is_floating_point() and not bool(p.detach().isfinite().all())}
+    parts = [c.name for c in anatomy.components if any(s.tensor in bad for s in c.slices)]
+    if parts:
+        more = f" and {len(parts) - 5} more" if len(parts) > 5 else ""
+        raise ModelError(f"the model's weights are not finite in {', '.join(parts[:5])}{more}")
+
+
+def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) -> None:
+    """One forward pass on one row: a model that cannot run is found before anything is written. Raises `ModelError`."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            next_token_loss(model, prepared.feed.train.batch([0]).to(device))
+    except Exception as error:  # models raise anything when their configuration does not fit together
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"the model cannot run on a row of {prepared.recipe.data.length} tokens: {type(error).__name__}: {first}"
+        ) from error
+
+
+def loss_for(prepared: Prepared, model: nn.Module) -> Chosen:
+    """The next-token loss as the recipe wants it. Raises `RecipeError` for one that would not be exact."""
+    recipe = prepared.recipe
+    largest = recipe.data.batch * recipe.data.length // min(s.accumulate for s in recipe.stages)
+    try:
+        return choose_loss(recipe.loss, model, prepared.anatomy, n_tokens=largest)
+    except ModelError as error:
+        raise RecipeError(str(error)) from None
+
+
+def compile_blocks(model: nn.Module, prepared: Prepared, device: torch.device) -> Compiled:
+    """The model's blocks, to be compiled when a stage needs them. Raises `CompileError` for those that cannot be."""
+    if prepared.feed.layout != "stream":
+        raise RecipeError(
+            f"compile: rows of layout {prepared.feed.layout} differ in shape from step to step, and every shape is "
+            "a graph of its own: use layout stream, or leave `compile` out"
+        )
+    blocks = [block for _, block in find_blocks(model)]
+
+    def call() -> None:
+        model.train()
+        next_token_loss(model, prepared.feed.train.batch([0]).to(device))
+
+    check_compiles(blocks, call, device=device.type)
+    return Compiled(blocks, n_stages=len(prepared.schedule.stages))
