@@ -32,7 +32,7 @@ def run(
     """A short run; without a plan, which takes most of its time, unless the plan is what a test is about."""
     folder.mkdir(exist_ok=True)
     recipe = tiny.recipe(folder, architecture, **({"precision": "bf16"} | overrides))
-    with nullcontext() if planned else patch("frostline.run.plan_of", lambda *_, **__: None):
+    with nullcontext() if planned else patch("frostline.ready.plan_of", lambda *_, **__: None):
         return frostline.train(recipe, out=folder / "run", observers=observers)
 
 

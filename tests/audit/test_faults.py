@@ -47,7 +47,7 @@ def grab_model(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
         grabbed.append(original(*args, **kwargs))
         return grabbed[-1]
 
-    monkeypatch.setattr("frostline.run.load_weights", load)
+    monkeypatch.setattr("frostline.ready.load_weights", load)
     return grabbed
 
 

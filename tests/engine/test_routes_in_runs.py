@@ -145,7 +145,7 @@ def test_each_stage_has_its_own_routes_and_the_model_has_none_afterwards(
         models.append(original(*args, **kwargs))
         return models[-1]
 
-    monkeypatch.setattr("frostline.run.load_weights", load)
+    monkeypatch.setattr("frostline.ready.load_weights", load)
     seen: dict[str, list[str]] = {}
 
     def observe(event: object) -> None:

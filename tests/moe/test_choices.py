@@ -91,7 +91,7 @@ def test_a_resumed_run_goes_on_with_the_kept_selection(run, tmp_path, monkeypatc
 
     with pytest.raises(KeyboardInterrupt):
         train(recipe(tmp_path, "router", RANKED), out=tmp_path / "run", observers=[stop])
-    monkeypatch.setattr("frostline.run.choose", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("frostline.ready.choose", lambda *_, **__: pytest.fail("measured again"))
     done = resume(tmp_path / "run")
     assert done.audit.passed
     assert choice_of(done) == choice_of(run)

@@ -451,7 +451,7 @@ def test_a_run_is_held_against_its_plan_and_the_folder_says_so(tmp_path: Path) -
 def test_a_metered_step_trains_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny.recipe(tmp_path, "gpt2")
     train(recipe, out=tmp_path / "metered")
-    monkeypatch.setattr("frostline.run.plan_of", lambda *_, **__: None)
+    monkeypatch.setattr("frostline.ready.plan_of", lambda *_, **__: None)
     assert train(recipe, out=tmp_path / "plain").checks == ()
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (tmp_path / "metered" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
