@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from frostline.checkpoints import Checkpoints
+from frostline.engine.loop_settings import Moment
 from frostline.engine.run_state import RunState, from_files, to_files
-from frostline.engine.train import Moment
 from frostline.errors import NonFiniteError, SpikeError
 from frostline.recipe import Recipe
 

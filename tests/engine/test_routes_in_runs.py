@@ -15,8 +15,8 @@ import frostline
 from frostline.anatomy import Anatomy, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.engine import Points, place
+from frostline.engine.events import StageStarted
 from frostline.engine.route_points import RoutePoint
-from frostline.engine.train import StageStarted
 from frostline.errors import RecipeError, RouteError
 from frostline.model import load_fake, load_model, load_skeleton
 from frostline.plan import StageCost, trace_stage

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -18,7 +14,7 @@ from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.compiled import Compiled, as_it_is, graphs
 from frostline.engine.corrections import forget_load, move_corrections
 from frostline.engine.dispatch import set_dispatch
-from frostline.engine.evaluation import EvalSet, bits_per_byte
+from frostline.engine.evaluation import bits_per_byte
 from frostline.engine.events import (
     Evaluated,
     Event,
@@ -29,83 +25,23 @@ from frostline.engine.events import (
     RunStarted,
     SetEvaluated,
     StageCompiled,
-    StageEnded,
     StageStarted,
     StepDone,
 )
 from frostline.engine.flow import measure_flow
-from frostline.engine.nonfinite import find_nonfinite
+from frostline.engine.loop_settings import BatchFunction, LoopResult, LoopSettings, Moment
 from frostline.engine.notes import notes_on
+from frostline.engine.one_step import one_step
 from frostline.engine.record import Recorder, named_tensors
-from frostline.engine.rollback import Window, batch_of, is_spike, last_return, window_of
-from frostline.engine.rounding import Rounding
+from frostline.engine.rollback import Window, batch_of, last_return, window_of
 from frostline.engine.routes import Points, set_routes
 from frostline.engine.run_state import RunState, capture, reenter
 from frostline.engine.stage_switch import Active, Memory, set_modes, switch
-from frostline.engine.step import Countable, LossFunction, step
-from frostline.errors import NonFiniteError, RecipeError, RouteError, SpikeError
+from frostline.engine.step import Countable, LossFunction
+from frostline.errors import NonFiniteError, RecipeError, RouteError
 from frostline.randomness import derive_seed
-from frostline.recipe import SpikeSpec
 from frostline.run_folder import RunFolder
 from frostline.schedule import Schedule, Stage, plateaued
-
-CPU = torch.device("cpu")
-
-Moment = Literal["start", "step", "stage end", "stop"]
-"""When a state may be saved: before the first step, after a step, at a stage's last one, when the run is stopped."""
-
-BatchFunction = Callable[[int, Stage], Sequence[Countable]]
-"""(batch, the stage of its step) → the micro-batches of the step: a pure function. Batches count as steps do, over
-those that a rollback has left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """How the loop runs, beside what the stages say."""
-
-    seed: int = 0
-    bf16: bool = False
-    rounding: Rounding = "nearest"
-    """How weights narrower than fp32 take updates."""
-    device: torch.device = CPU
-    eval_every: int | None = None
-    """Steps between measurements of the held-out loss, beside the start and each stage's end."""
-    also: tuple[EvalSet, ...] = ()
-    """Other sets that are measured at the same steps; needs held-out data."""
-    held_out_bytes: float | None = None
-    """UTF-8 bytes of text that a held-out target stands for."""
-    gradients_every: int = 10
-    """Steps between recorded gradient norms, beside each stage's first and last step."""
-    points: Points | None = None
-    """Where gradient routes can be set; needed when a stage has routes."""
-    flow_every: int | None = None
-    """Steps between measurements of where gradients go, from the start of each stage; needs `points`."""
-    loss_of: Callable[[Stage], LossFunction] | None = None
-    """What each stage minimises, where that is not the loss that is measured."""
-    skip_limit: int = 0
-    """So many steps in a row that are not finite may be left out; 0: the first one stops the run."""
-    spike: SpikeSpec | None = None
-    """What loss is a spike, and what then."""
-    save: Callable[[int, Moment, Callable[[], RunState]], None] | None = None
-    """(steps done, what moment this is, the state on demand) → None; called before the first step, after every one, and
-    at a stop."""
-    go_back: Callable[[NonFiniteError, int, int, int], RunState] | None = None
-    """(why, steps done, the first step to go back to, rollbacks so far) → the state of a checkpoint; raises, if not."""
-    compiled: Compiled | None = None
-    """The model's compiled blocks."""
-    notes: Sequence[str] = ()
-    """Told when the run starts."""
-    watch: Callable[[Active, int], AbstractContextManager[None]] | None = None
-    """(stage in progress, its step) → a context around that step that only looks; for measuring."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopResult:
-    """How far the loop came."""
-
-    steps: int
-    finished: bool
-    """Whether every stage ran to its end."""
 
 
 def train_loop(
@@ -133,180 +69,278 @@ def train_loop(
         raise RecipeError("a stage ends at a plateau of the held-out loss, but there is no held-out data")
     if settings.points is None and any(s.routes for s in schedule.stages):
         raise RouteError("a stage has gradient routes, but no points were placed in the model (see `place`)")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    recorder = Recorder(
-        folder, model, anatomy, schedule, gradients_every=settings.gradients_every, rounding=settings.rounding
-    )
-    memory: Memory = {}
-    active: Active | None = None
-    endings: list[int] = []
-    losses: list[float] = []
-    done, n_skipped = 0, 0
-    recent: list[float] = []
-    left_out: list[Window] = []
-    proved: Active | None = None
-    n_graphs = graphs()
+    loop = _Loop(model, anatomy, schedule, batches, loss, folder, settings, held_out, observers)
+    loop.begin(resumed)
+    try:
+        while loop.done < loop.schedule.n_steps and not stop():
+            loop.advance()
+        loop.save("stop")
+    finally:
+        loop.leave()
+    return LoopResult(steps=loop.done, finished=loop.done == loop.schedule.n_steps)
 
-    bytes_each = settings.held_out_bytes
 
-    def tell(event: Event) -> None:
-        for observer in (recorder.event, *observers):
+class _Loop:
+    """A run in progress: how far it is, and the stage it is in. Read `advance`: it is one step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        schedule: Schedule,
+        batches: BatchFunction,
+        loss: LossFunction,
+        folder: RunFolder,
+        settings: LoopSettings,
+        held_out: Sequence[Countable],
+        observers: Sequence[Observer],
+    ) -> None:
+        self.model, self.anatomy, self.schedule, self.settings = model, anatomy, schedule, settings
+        self.batches, self.loss, self.held_out, self.folder = batches, loss, held_out, folder
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.recorder = Recorder(
+            folder, model, anatomy, schedule, gradients_every=settings.gradients_every, rounding=settings.rounding
+        )
+        self.observers = (self.recorder.event, *observers)
+        self.memory: Memory = {}
+        self.active: Active | None = None
+        self.done = 0
+        """Steps done."""
+        self.n_skipped = 0
+        """Steps in a row that were left out."""
+        self.endings: list[int] = []
+        self.losses: list[float] = []
+        """Held-out losses of the stage that a plateau looks at."""
+        self.recent: list[float] = []
+        """Losses of the stage that a spike is compared with."""
+        self.left_out: list[Window] = []
+        self._proved: Active | None = None
+        self._n_graphs = graphs()
+
+    def begin(self, resumed: RunState | None) -> None:
+        """Record the start, or go on from a state."""
+        first = self.batches(0, self.schedule.stages[0])[0]
+        derived = find_derived_buffers(self.model, first, self.loss)
+        if resumed is None:
+            self.tell(RunStarted(schedule=self.schedule))
+            for note in self.settings.notes:
+                self.tell(Noted(text=note))
+            self.recorder.boundary(0, step=0, derived=derived)
+        else:
+            self.left_out = list(resumed.left_out)
+            self._reenter(resumed)
+            self.recorder.lay(self.schedule)
+            self.tell(RunStarted(schedule=self.schedule, done=self.done))
+        self.buffers = FrozenBuffers(self.model, derived)
+
+    def advance(self) -> None:
+        """One optimizer step, and what comes before and after it; or a return to a checkpoint."""
+        stage = self.schedule.at(self.done)
+        if self.active is None or self.active.stage.index != stage.index:
+            self._enter(stage)
+        every = self.settings.flow_every
+        if every and (self.done - stage.start) % every == 0:
+            self._measure_flow(stage)
+            set_modes(self.model, stage)
+        event = self._step(stage)
+        if event is None:
+            return
+        self.n_skipped = self.n_skipped + 1 if event.skipped else 0
+        if self.settings.spike and not event.skipped:
+            self.recent = [*self.recent, event.loss][-self.settings.spike.window :]
+        self.tell(event)
+        if self.done == stage.start and (text := self.recorder.loss_warning(stage)):
+            self.tell(Noted(text=text, is_warning=True))
+        if not event.skipped:
+            self.buffers.accept(move_corrections(self.model, stage))
+        self.done += 1
+        ended = self._end_if_due(stage, plateaued=self._evaluate_if_due(stage))
+        self.save("stage end" if ended else "step")
+
+    def save(self, moment: Moment) -> None:
+        """Let the state be saved, if it should be; at a stop only where something is left to do."""
+        if self.settings.save and self.active is not None and (moment != "stop" or self.done < self.schedule.n_steps):
+            self.settings.save(self.done, moment, self._state)
+
+    def leave(self) -> None:
+        """Take out of the model what a stage has put in; where one was not ended, its evidence ends here."""
+        set_dispatch(self.model, None)
+        if self.active is None:
+            return
+        self.active.ownership.release()
+        if self.settings.points is not None:
+            set_routes(self.settings.points, ())
+        if len(self.endings) <= self.active.stage.index:
+            self.recorder.boundary(self.active.stage.index + 1, step=self.done)
+
+    def tell(self, event: Event) -> None:
+        """Every observer, the recorder first."""
+        for observer in self.observers:
             observer(event)
 
-    def measure(stage: Stage, done: int) -> float:
-        if not held_out:
+    def _enter(self, stage: Stage) -> None:
+        """The switch into a stage."""
+        active = switch(
+            self.parameters,
+            self.anatomy,
+            stage,
+            memory=self.memory,
+            leaving=self.active,
+            rounding=self.settings.rounding,
+        )
+        self.active = active
+        enter_routes(self.settings.points, stage)
+        set_modes(self.model, stage)
+        self.recorder.entry(stage)
+        n_owned, notes = len(active.ownership.owned), notes_on(self.model, stage)
+        self.tell(StageStarted(stage=stage, n_restored=active.n_restored, n_owned=n_owned, notes=notes))
+        self.losses, self.recent = [], []
+        if self.done == 0:
+            self._evaluate(stage)
+            self.save("start")
+
+    def _step(self, stage: Stage) -> StepDone | None:
+        """One step; None where it was not finite and the run went back to a checkpoint."""
+        assert self.active is not None
+        settings, active = self.settings, self.active
+        objective = settings.loss_of(stage) if settings.loss_of else self.loss
+        if settings.compiled is not None and self._proved is not active:
+            first = self.batches(batch_of(stage.start, self.left_out), stage)[0]
+            since = self._n_graphs
+            self.tell(_proved(settings.compiled, self.model, active, first, objective, settings, since=since))
+            self.buffers.restore()
+            self._proved = active
+        with settings.watch(active, self.done - stage.start) if settings.watch else nullcontext():
+            batch = batch_of(self.done, self.left_out)
+            forget_load(self.model, stage)
+            try:
+                return one_step(
+                    self.model,
+                    active,
+                    self.schedule,
+                    self.batches(batch, stage),
+                    objective,
+                    self.recorder,
+                    settings,
+                    at=self.done,
+                    batch=batch,
+                    may_skip=self.n_skipped < settings.skip_limit,
+                    recent=self.recent,
+                    put_back=self._put_back,
+                )
+            except NonFiniteError as why:
+                self._put_back()  # looking for where it began has computed the step once more
+                self._take_back(why)
+                self.buffers.accept(s.tensor for s in stage.by_rule)
+                return None
+
+    def _put_back(self) -> None:
+        """Undo, and note, what passes in training mode have written into buffers."""
+        self.recorder.drifted(self.buffers.restore())
+
+    def _evaluate_if_due(self, stage: Stage) -> bool:
+        """Measure where the stage or the run asks for it; whether a plateau has ended the stage."""
+        plateau, every = stage.spec.plateau, self.settings.eval_every
+        due = plateau is not None and (self.done - stage.start) % plateau.every == 0
+        if due or self.done == stage.end or (every and self.done % every == 0):
+            value = self._evaluate(stage)
+            self.losses += [value] if due else []
+        return plateau is not None and due and plateaued(self.losses, plateau)
+
+    def _evaluate(self, stage: Stage) -> float:
+        """The held-out loss, and those of the other sets."""
+        if not self.held_out:
             return math.nan
-        value = held_out_loss(model, held_out, loss, settings)
+        model, settings, done = self.model, self.settings, self.done
+        value = held_out_loss(model, self.held_out, self.loss, settings)
         set_modes(model, stage)
-        tell(Evaluated(stage=stage, step=done, held_out_loss=value, bits_per_byte=bits_per_byte(value, bytes_each)))
+        bits = bits_per_byte(value, settings.held_out_bytes)
+        self.tell(Evaluated(stage=stage, step=done, held_out_loss=value, bits_per_byte=bits))
         for s in settings.also:
-            of_set = held_out_loss(model, s.batches, loss, settings)
+            of_set = held_out_loss(model, s.batches, self.loss, settings)
             set_modes(model, stage)
             bits = bits_per_byte(of_set, s.bytes_per_target)
-            tell(SetEvaluated(stage=stage, step=done, name=s.name, loss=of_set, bits_per_byte=bits))
+            self.tell(SetEvaluated(stage=stage, step=done, name=s.name, loss=of_set, bits_per_byte=bits))
         return value
 
-    def enter(saved: RunState) -> Active:
-        """Go on from a saved state."""
-        nonlocal done, n_skipped, endings, losses, recent, schedule
-        done, endings, losses = saved.step, list(saved.endings), list(saved.losses)
-        n_skipped, recent = saved.n_skipped, list(saved.recent)
-        schedule = schedule.ended(endings)
-        memory.clear()
-        memory.update(saved.memory)
-        entered = reenter(model, anatomy, schedule.stages[saved.stage], saved, settings.rounding)
-        enter_routes(settings.points, entered.stage)
-        recorder.resume(entered.stage, saved.drifted, ended=len(endings) > saved.stage)
-        set_modes(model, entered.stage)
-        return entered
+    def _end_if_due(self, stage: Stage, *, plateaued: bool) -> bool:
+        """Write the evidence of a stage at its end; what follows is laid anew when that is before its time."""
+        if self.done != stage.end and not plateaued:
+            return False
+        if self.settings.flow_every:
+            self._measure_flow(stage)
+        self.endings.append(self.done)
+        n_left = stage.end - self.done
+        self.schedule = self.schedule.ended(self.endings)
+        stage = self.schedule.stages[stage.index]
+        self.recorder.boundary(stage.index + 1, step=stage.end)
+        if n_left:
+            self.recorder.lay(self.schedule)
+        later = self.schedule.stages[stage.index + 1 :]
+        self.tell(self.recorder.ended(stage, n_skipped=n_left, following=later[0] if later else None))
+        return True
 
-    def take_back(why: NonFiniteError, left: Active) -> Active:
-        """Go back to a checkpoint of this stage, or of its start, and leave out the batches since. Raises `why`."""
-        stage = left.stage
-        if settings.go_back is None:
-            raise why
-        saved = settings.go_back(why, done, max(stage.start, last_return(left_out)), len(left_out))
-        left.ownership.release()
-        window = window_of(saved.step, done, left_out)
-        tell(RolledBack(stage=stage, step=done + 1, to=saved.step, left_out=window, why=why))
-        if saved.stage != stage.index:  # the stage's start: what only this stage trains is in no checkpoint
-            recorder.put_entry(stage)
-        left_out.append(window)
-        return enter(saved)
-
-    def state() -> RunState:
-        assert active is not None
-        return capture(
-            named_tensors(model),
-            active,
-            memory,
-            recorder.learned(active.stage),
-            step=done,
-            endings=tuple(endings),
-            losses=tuple(losses),
-            drifted=recorder.drifts,
-            n_skipped=n_skipped,
-            recent=tuple(recent),
-            left_out=tuple(left_out),
-            records=folder.record_sizes(),
+    def _measure_flow(self, stage: Stage) -> None:
+        settings = self.settings
+        assert settings.points is not None
+        assert self.held_out
+        flow = measure_flow(
+            self.model, settings.points, stage, self.held_out[0], device=settings.device, bf16=settings.bf16
         )
+        self.tell(Measured(stage=stage, step=self.done, flow=flow))
 
-    derived = find_derived_buffers(model, batches(0, schedule.stages[0])[0], loss)
-    if resumed is None:
-        tell(RunStarted(schedule=schedule))
-        for note in settings.notes:
-            tell(Noted(text=note))
-        recorder.boundary(0, step=0, derived=derived)
-    else:
-        left_out = list(resumed.left_out)
-        active = enter(resumed)
-        recorder.lay(schedule)
-        tell(RunStarted(schedule=schedule, done=done))
-    buffers = FrozenBuffers(model, derived)
-    try:
-        while done < schedule.n_steps and not stop():
-            stage = schedule.at(done)
-            if active is None or active.stage.index != stage.index:
-                active = switch(parameters, anatomy, stage, memory=memory, leaving=active, rounding=settings.rounding)
-                enter_routes(settings.points, stage)
-                set_modes(model, stage)
-                recorder.entry(stage)
-                n_owned = len(active.ownership.owned)
-                notes = notes_on(model, stage)
-                tell(StageStarted(stage=stage, n_restored=active.n_restored, n_owned=n_owned, notes=notes))
-                losses, recent = [], []
-                if done == 0:
-                    measure(stage, done)
-                    if settings.save:
-                        settings.save(done, "start", state)
-            if settings.flow_every and (done - stage.start) % settings.flow_every == 0:
-                tell(_flow(model, stage, held_out, settings, done))
-                set_modes(model, stage)
-            objective = settings.loss_of(stage) if settings.loss_of else loss
-            if settings.compiled is not None and proved is not active:
-                first = batches(batch_of(stage.start, left_out), stage)[0]
-                tell(_proved(settings.compiled, model, active, first, objective, settings, since=n_graphs))
-                buffers.restore()
-                proved = active
-            with settings.watch(active, done - stage.start) if settings.watch else nullcontext():
-                batch, may_skip = batch_of(done, left_out), n_skipped < settings.skip_limit
-                forget_load(model, stage)
-                try:
-                    event = _one_step(
-                        model, active, schedule, batches(batch, stage), objective, recorder, settings,
-                        at=done, batch=batch, may_skip=may_skip, recent=recent,
-                        put_back=lambda: recorder.drifted(buffers.restore()),
-                    )  # fmt: skip
-                except NonFiniteError as why:
-                    recorder.drifted(buffers.restore())  # looking for where it began has computed the step once more
-                    active = take_back(why, active)
-                    buffers.accept(s.tensor for s in stage.by_rule)
-                    continue
-            n_skipped = n_skipped + 1 if event.skipped else 0
-            recent = recent if event.skipped or not settings.spike else [*recent, event.loss][-settings.spike.window :]
-            tell(event)
-            if done == stage.start and (text := recorder.loss_warning(stage)):
-                tell(Noted(text=text, is_warning=True))
-            if not event.skipped:
-                buffers.accept(move_corrections(model, stage))
-            done += 1
-            plateau = stage.spec.plateau
-            due = plateau is not None and (done - stage.start) % plateau.every == 0
-            if due or done == stage.end or (settings.eval_every and done % settings.eval_every == 0):
-                value = measure(stage, done)
-                losses += [value] if due else []
-            if done == stage.end or (plateau is not None and due and plateaued(losses, plateau)):
-                if settings.flow_every:
-                    tell(_flow(model, stage, held_out, settings, done))
-                endings.append(done)
-                schedule = schedule.ended(endings)
-                tell(_end_stage(schedule, stage.index, recorder, n_skipped=stage.end - done))
-            if settings.save:
-                settings.save(done, "stage end" if len(endings) > stage.index else "step", state)
-        if settings.save and active is not None and done < schedule.n_steps:
-            settings.save(done, "stop", state)
-    finally:
-        set_dispatch(model, None)
-        if active is not None:
-            active.ownership.release()
-            if settings.points is not None:
-                set_routes(settings.points, ())
-            if len(endings) <= active.stage.index:  # stopped inside a stage: its evidence ends here
-                recorder.boundary(active.stage.index + 1, step=done)
-    return LoopResult(steps=done, finished=done == schedule.n_steps)
+    def _reenter(self, saved: RunState) -> None:
+        """Go on from a saved state."""
+        self.done, self.endings, self.losses = saved.step, list(saved.endings), list(saved.losses)
+        self.n_skipped, self.recent = saved.n_skipped, list(saved.recent)
+        self.schedule = self.schedule.ended(self.endings)
+        self.memory.clear()
+        self.memory.update(saved.memory)
+        stage = self.schedule.stages[saved.stage]
+        self.active = reenter(self.model, self.anatomy, stage, saved, self.settings.rounding)
+        enter_routes(self.settings.points, stage)
+        self.recorder.resume(stage, saved.drifted, ended=len(self.endings) > saved.stage)
+        set_modes(self.model, stage)
+
+    def _take_back(self, why: NonFiniteError) -> None:
+        """Go back to a checkpoint of this stage, or of its start, and leave out the batches since. Raises `why`."""
+        assert self.active is not None
+        stage = self.active.stage
+        if self.settings.go_back is None:
+            raise why
+        since = max(stage.start, last_return(self.left_out))
+        saved = self.settings.go_back(why, self.done, since, len(self.left_out))
+        self.active.ownership.release()
+        window = window_of(saved.step, self.done, self.left_out)
+        self.tell(RolledBack(stage=stage, step=self.done + 1, to=saved.step, left_out=window, why=why))
+        if saved.stage != stage.index:  # the stage's start: what only this stage trains is in no checkpoint
+            self.recorder.put_entry(stage)
+        self.left_out.append(window)
+        self._reenter(saved)
+
+    def _state(self) -> RunState:
+        """Everything that a run needs to go on from here."""
+        assert self.active is not None
+        return capture(
+            named_tensors(self.model),
+            self.active,
+            self.memory,
+            self.recorder.learned(self.active.stage),
+            step=self.done,
+            endings=tuple(self.endings),
+            losses=tuple(self.losses),
+            drifted=self.recorder.drifts,
+            n_skipped=self.n_skipped,
+            recent=tuple(self.recent),
+            left_out=tuple(self.left_out),
+            records=self.folder.record_sizes(),
+        )
 
 
 def enter_routes(points: Points | None, stage: Stage) -> None:
     """Put exactly a stage's routes in force; after its switch, which says what learns."""
     if points is not None:
         set_routes(points, stage.routes)
-
-
-def _flow(model: nn.Module, stage: Stage, held_out: Sequence[Countable], settings: LoopSettings, done: int) -> Measured:
-    assert settings.points is not None
-    assert held_out
-    flow = measure_flow(model, settings.points, stage, held_out[0], device=settings.device, bf16=settings.bf16)
-    return Measured(stage=stage, step=done, flow=flow)
 
 
 def _proved(
@@ -325,82 +359,6 @@ def _proved(
         model, active.ownership, micro_batch, loss, seed=seed, device=settings.device, bf16=settings.bf16
     )
     return StageCompiled(stage=active.stage, proof=proof, n_graphs=graphs() - since)
-
-
-def _end_stage(schedule: Schedule, index: int, recorder: Recorder, *, n_skipped: int) -> StageEnded:
-    """Write the evidence of a stage that ended; what follows is laid anew when that was before its time."""
-    stage = schedule.stages[index]
-    recorder.boundary(index + 1, step=stage.end, between=index + 1 < len(schedule.stages))
-    if n_skipped:
-        recorder.lay(schedule)
-    following = schedule.stages[index + 1] if index + 1 < len(schedule.stages) else None
-    return recorder.ended(stage, n_skipped=n_skipped, following=following)
-
-
-def _one_step(
-    model: nn.Module,
-    active: Active,
-    schedule: Schedule,
-    micro_batches: Sequence[Countable],
-    loss: LossFunction,
-    recorder: Recorder,
-    settings: LoopSettings,
-    *,
-    at: int,
-    batch: int,
-    may_skip: bool,
-    recent: Sequence[float],
-    put_back: Callable[[], None],
-) -> StepDone:
-    """`put_back`: called after the backward pass, for what the passes have changed beside gradients."""
-    started = time.perf_counter()
-    stage, ownership, optimizer = active.stage, active.ownership, active.optimizer
-    seed = derive_seed(settings.seed, "step", batch)
-    computed = step(model, micro_batches, loss, seed=seed, device=settings.device, bf16=settings.bf16)
-    if settings.compiled is not None:
-        settings.compiled.drop_zeros()
-    norm = ownership.norm()
-    value = computed.loss.item()  # a device is waited for here; what else must be read from it is read now
-    put_back()
-    finite = math.isfinite(value) and bool(norm.isfinite())
-    if not finite and not may_skip:
-        bf16, device = settings.bf16, settings.device
-        where = find_nonfinite(
-            model, stage.selection, ownership, micro_batches, loss, seed=seed, device=device, bf16=bf16
-        )
-        raise NonFiniteError(
-            f"step {at + 1} (stage {stage.name}, batch {batch}): loss {value}, gradient norm {norm.item()}; stopped "
-            f"before the update; {where}",
-            loss=value,
-            gradient_norm=norm.item(),
-        )
-    spike = finite and is_spike(value, recent, settings.spike)
-    if spike and settings.spike and settings.spike.policy != "warn":
-        raise SpikeError(
-            f"step {at + 1} (stage {stage.name}, batch {batch}): loss {value:.4g} is a spike, above "
-            f"{settings.spike.factor:g} times the median of the {len(recent)} losses before it, "
-            f"{statistics.median(recent):.4g}; stopped before the update",
-            loss=value,
-            gradient_norm=norm.item(),
-        )
-    lr = optimizer.set_rate(schedule.rate_at(at))
-    if finite:
-        recorder.gradients(stage, at + 1, ownership)
-        ownership.scale(stage.spec.clip or math.inf, norm)
-        shown = active.update(seed=derive_seed(settings.seed, "update", at), measure=recorder.is_due(stage, at + 1))
-        recorder.updates(stage, at + 1, shown)
-    optimizer.zero_grad()
-    return StepDone(
-        stage=stage,
-        step=at + 1,
-        loss=value,
-        lr=lr,
-        gradient_norm=norm.item(),
-        n_targets=computed.n_targets,
-        seconds=time.perf_counter() - started,
-        skipped=not finite,
-        spike=spike,
-    )
 
 
 def held_out_loss(model: nn.Module, batches: Sequence[Countable], loss: LossFunction, settings: LoopSettings) -> float:
