@@ -363,9 +363,9 @@ def index_the_dtensor(self: Owned) -> None:
         target.copy_(self.value.detach())
 
 
-def own_whole_tensors(parameters: Mapping[str, nn.Parameter], slices: Sequence[Any]) -> Ownership:
+def own_whole_tensors(parameters: Mapping[str, nn.Parameter], slices: Sequence[Any], **settings: Any) -> Ownership:
     names = dict.fromkeys(s.tensor for s in slices)
-    return owned.own(parameters, (whole(n, parameters[n].shape) for n in names))
+    return owned.own(parameters, (whole(n, parameters[n].shape) for n in names), **settings)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from frostline.anatomy import find_blocks, part_modules, prove_model, read_anatomy, take
+from frostline.data import Batch
 from frostline.engine import loss_of, next_token_loss, place, set_routes, step
 from frostline.engine.place import confirmed_wirings
 from frostline.engine.recompute import recompute_blocks, recomputing
@@ -544,15 +545,9 @@ def test_with_recomputed_blocks_gradients_are_bitwise_the_same_on_every_family(n
     check_recomputed(name, families.every_route(name))
 
 
-class Rows:
+def rows_of(ids: torch.Tensor) -> Batch:
     """A micro-batch."""
-
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.input_ids, self.labels = ids[:, :-1], ids[:, 1:]
-
-    @property
-    def n_targets(self) -> int:
-        return self.labels.numel()
+    return Batch(input_ids=ids[:, :-1], labels=ids[:, 1:])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
@@ -560,7 +555,7 @@ class Rows:
 def test_in_bf16_over_two_micro_batches_bits_and_gradients_are_those_with_constants(name: str, point: str) -> None:
     model, plain = (families.build(name, dtype=torch.float32) for _ in range(2))
     points, r = families.with_points(model, name), route(point, (1,))
-    batches = [Rows(families.IDS[:1]), Rows(families.IDS[1:])]
+    batches = [rows_of(families.IDS[:1]), rows_of(families.IDS[1:])]
 
     def run(m: nn.Module) -> tuple[torch.Tensor, families.Gradients]:
         m.zero_grad(set_to_none=True)
@@ -646,7 +641,7 @@ def test_the_anatomy_read_again_is_the_same() -> None:
 
 def test_the_loss_of_a_stage_without_local_losses_is_the_next_tokens() -> None:
     model = tiny.model("llama").eval()
-    batch = Rows(torch.randint(tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1)))
+    batch = rows_of(torch.randint(tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1)))
     loss = loss_of(stage_of(model, "all"), None)(model, batch)
     logits = model(batch.input_ids).logits.flatten(0, 1)
     wanted = functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum")

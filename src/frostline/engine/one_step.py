@@ -36,10 +36,11 @@ def one_step(
     recent: Sequence[float],
     put_back: Callable[[], None],
 ) -> StepDone:
-    """Compute, judge, update; `at` and `batch` count from 0. Raises `NonFiniteError`, or `SpikeError`, before the update.
+    """Compute, judge, update. Raises `NonFiniteError`, or `SpikeError`, before the update.
 
-    `may_skip`: leave an update out that would not be finite. `recent`: losses that a spike is told by. `put_back`: called
-    after the backward pass, for what the passes have changed beside gradients.
+    `at`: steps done. `batch`: which one it takes. `may_skip`: leave an update out that would not be finite. `recent`:
+    losses that a spike is told by. `put_back`: called after the backward pass, for what the passes have changed beside
+    gradients.
     """
     started = time.perf_counter()
     stage, ownership, optimizer = active.stage, active.ownership, active.optimizer
