@@ -90,8 +90,6 @@ def carry_out(
     prepared, model, recipe = ready.prepared, ready.model, ready.prepared.recipe
     batches = batches_of(recipe, prepared.feed.train, ready.device)
     say = sayer(folder, observers)
-    for chosen in ready.settled:
-        say(chosen.setting, chosen.value, chosen.why)
     cache = prefix_cache_of(
         recipe,
         model,
@@ -110,6 +108,8 @@ def carry_out(
     balanced = any(s.spec.moe for s in prepared.schedule.stages)
     watched = log_load(model, prepared.anatomy, folder, wanted=balanced)
     with folder.failure_noted(), closing(cache), stop_on_signal() as stop, watched as logs:
+        for chosen in ready.settled:
+            say(chosen.setting, chosen.value, chosen.why)
         try:
             with ready.compiled.running() if ready.compiled else nullcontext():
                 done = train_loop(
