@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from frostline import audit, checkpoints, train
 from frostline.cli import app
-from frostline.engine import StepDone
+from frostline.engine import RunStarted, StepDone
 from frostline.errors import RunFolderError, StorageError
 from frostline.recipe import Recipe
 from frostline.resume import resume
@@ -297,7 +297,12 @@ def test_stopped_again_before_its_first_step_a_resumed_run_keeps_its_only_checkp
     for path in sorted((cut / "checkpoints").iterdir())[:-1]:
         shutil.rmtree(path)
     monkeypatch.setattr(checkpoints, "reached", lambda _: pytest.fail("the same step must not be written again"))
-    result = resume(cut, observers=[lambda _: os.kill(os.getpid(), signal.SIGTERM)])
+
+    def stop_at_once(event: object) -> None:
+        if isinstance(event, RunStarted):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = resume(cut, observers=[stop_at_once])
     monkeypatch.undo()
     assert (result.state, result.steps) == ("interrupted", 7)
     assert resume(cut).state == "finished"
