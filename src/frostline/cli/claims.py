@@ -10,7 +10,7 @@ import typer
 from frostline.cli.app import INTERRUPTED, AsJson, Model, RemoteCode, app, errors_for_people, make_console, print_json
 
 
-@app.command()
+@app.command(rich_help_panel="What is said about freezing")
 @errors_for_people
 def claims(
     model: Model,
@@ -34,7 +34,7 @@ def claims(
     raise typer.Exit(0 if measured.hold else 1)
 
 
-@app.command()
+@app.command(rich_help_panel="What is said about freezing")
 @errors_for_people
 def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist or be empty.")] = Path(

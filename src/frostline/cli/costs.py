@@ -11,7 +11,7 @@ from frostline.cli.app import AsJson, RemoteCode, app, errors_for_people, make_c
 from frostline.errors import PlanError
 
 
-@app.command()
+@app.command(rich_help_panel="Recipes")
 @errors_for_people
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or a model: folder, hub name or config.json.")],
@@ -72,7 +72,7 @@ def plan(
         print_plan(make_console(), found)
 
 
-@app.command()
+@app.command(rich_help_panel="Recipes")
 @errors_for_people
 def why(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.", metavar="RECIPE")],

@@ -11,7 +11,7 @@ from frostline.cli.app import AsJson, RemoteCode, app, errors_for_people, make_c
 from frostline.errors import DataError, RecipeError
 
 
-@app.command("data")
+@app.command("data", rich_help_panel="Recipes")
 @errors_for_people
 def data(
     target: Annotated[str, typer.Argument(help="A recipe, or a file, folder or hub name.", metavar="RECIPE|FILE")],

@@ -11,7 +11,7 @@ from frostline.cli.app import AsJson, Model, RemoteCode, app, errors_for_people,
 from frostline.errors import ModelError
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 @errors_for_people
 def upcycle(
     dense: Annotated[str, typer.Argument(help="A dense model: folder, hub name or run folder.", metavar="DENSE")],
@@ -53,7 +53,7 @@ def upcycle(
         print_upcycled(make_console(), made)
 
 
-@app.command("experts")
+@app.command("experts", rich_help_panel="Models")
 @errors_for_people
 def experts_used(
     model: Model,

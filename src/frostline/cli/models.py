@@ -10,7 +10,7 @@ import typer
 from frostline.cli.app import AsJson, Model, RemoteCode, anatomy_of, app, errors_for_people, make_console, print_json
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 @errors_for_people
 def parts(
     model: Model,
@@ -39,7 +39,7 @@ def parts(
         console.print(proof_table(proof))
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 @errors_for_people
 def select(
     model: Model,
@@ -84,7 +84,7 @@ def select(
             console.print(slices_table(selection))
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 @errors_for_people
 def diff(
     before: Annotated[Path, typer.Argument(help="A model folder, run folder or .safetensors file.")],
@@ -102,7 +102,7 @@ def diff(
         make_console().print(diff_table(result))
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 @errors_for_people
 def generate(
     model: Model,

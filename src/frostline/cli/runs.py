@@ -18,7 +18,7 @@ _EXIT = {"passed": 0, "interrupted": INTERRUPTED, "failed": 1}
 """Verdict of an audit → exit code."""
 
 
-@app.command()
+@app.command(rich_help_panel="Runs")
 @errors_for_people
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.", metavar="RECIPE")],
@@ -48,7 +48,7 @@ def train(
     _end_of_run(result, console, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel="Runs")
 @errors_for_people
 def resume(
     run_folder: Annotated[Path, typer.Argument(help="A run folder that was interrupted or killed.", metavar="RUN")],
@@ -78,7 +78,7 @@ def resume(
     _end_of_run(result, console, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel="Runs")
 @errors_for_people
 def audit(
     run_folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")], as_json: AsJson = False
@@ -96,7 +96,7 @@ def audit(
     raise typer.Exit(_EXIT[result.verdict])
 
 
-@app.command()
+@app.command(rich_help_panel="Runs")
 @errors_for_people
 def report(
     run_folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
@@ -111,7 +111,7 @@ def report(
     raise typer.Exit(_EXIT[audited.verdict])
 
 
-@app.command()
+@app.command(rich_help_panel="Runs")
 @errors_for_people
 def export(
     run_folder: Annotated[Path, typer.Argument(help="A finished run folder.", metavar="RUN")],
@@ -124,7 +124,7 @@ def export(
     typer.echo(f"written: {(export_delta if delta else export_run)(run_folder, out)}")
 
 
-@app.command()
+@app.command(rich_help_panel="Runs")
 @errors_for_people
 def apply(
     base: Annotated[str, typer.Argument(help="The model the deltas belong to.", metavar="BASE")],

@@ -15,7 +15,7 @@ Overrides = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel="Recipes")
 @errors_for_people
 def schedule(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, or a name of `frostline recipes`.", metavar="RECIPE")],
@@ -39,7 +39,7 @@ def schedule(
         print_schedule(make_console(), prepared)
 
 
-@app.command()
+@app.command(rich_help_panel="Recipes")
 @errors_for_people
 def lr(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, or a name of `frostline recipes`.", metavar="RECIPE")],
@@ -84,7 +84,7 @@ def lr(
             console.print(f"plot: {plot}", soft_wrap=True, highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel="Recipes")
 @errors_for_people
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one.", metavar="NAME")] = None,
