@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -11,4 +12,5 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "0"  # before torch is imported: threads that wait do not spin
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["FROSTLINE_CACHE"] = tempfile.mkdtemp(prefix="frostline-tests-")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what it starts in the background
 sys.path.insert(0, str(Path(__file__).parent))

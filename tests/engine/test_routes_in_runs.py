@@ -12,6 +12,7 @@ import tiny
 import torch
 
 import frostline
+import frostline.ready
 from frostline.anatomy import Anatomy, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.engine import Points, place
@@ -139,7 +140,7 @@ def test_each_stage_has_its_own_routes_and_the_model_has_none_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models: list[torch.nn.Module] = []
-    original = frostline.run.load_weights
+    original = frostline.ready.load_weights
 
     def load(*args: Any, **kwargs: Any) -> torch.nn.Module:
         models.append(original(*args, **kwargs))

@@ -119,8 +119,7 @@ class _Loop:
 
     def begin(self, resumed: RunState | None) -> None:
         """Record the start, or go on from a state."""
-        first = self.batches(0, self.schedule.stages[0])[0]
-        derived = find_derived_buffers(self.model, first, self.loss)
+        derived = find_derived_buffers(self.model, self.batches(0, self.schedule.stages[0])[0], self.loss)
         if resumed is None:
             self.tell(RunStarted(schedule=self.schedule))
             for note in self.settings.notes:
@@ -273,10 +272,10 @@ class _Loop:
         n_left = stage.end - self.done
         self.schedule = self.schedule.ended(self.endings)
         stage = self.schedule.stages[stage.index]
-        self.recorder.boundary(stage.index + 1, step=stage.end)
+        later = self.schedule.stages[stage.index + 1 :]
+        self.recorder.boundary(stage.index + 1, step=stage.end, between=bool(later))
         if n_left:
             self.recorder.lay(self.schedule)
-        later = self.schedule.stages[stage.index + 1 :]
         self.tell(self.recorder.ended(stage, n_skipped=n_left, following=later[0] if later else None))
         return True
 
