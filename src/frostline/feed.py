@@ -79,6 +79,9 @@ def _tokenizer(recipe: Recipe, *, trust_remote_code: bool) -> Any:
 
 Say = Callable[[str], None]
 
+SAMPLE_TOKENS = 1 << 20
+"""Of the training documents, for what is measured on them before a run."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
@@ -160,7 +163,7 @@ def _store(recipe: Recipe, paths: Any, tokenizer: Any, tally: Tally, say: Say) -
 def _streamed(recipe: Recipe, store: Store, apart: Store | None) -> Feed:
     """All text in one stream; what is held out is its end, or a stream of its own."""
     data = recipe.data
-    rows = whole = stream_of(store, data.length)
+    rows = stream_of(store, data.length)
     needed = 1 if apart else 2
     if len(rows) < needed:
         raise DataError(
@@ -183,7 +186,7 @@ def _streamed(recipe: Recipe, store: Store, apart: Store | None) -> Feed:
         kept_by=None,
         train=rows,
         held_out=held_out,
-        text=whole,
+        text=rows,
         tokens_per_step=data.batch * data.length,
         cutting={},
         held_out_store=apart or store,
@@ -206,6 +209,12 @@ def stream_of(store: Store, length: int, documents: Ints | None = None, *, n_tok
         return Rows(store.tokens[:0], length)
     learns = None if store.learns is None else torch.cat([store.learns[p] for p in places])
     return Rows(torch.cat([store.tokens[p] for p in places]), length, learns)
+
+
+def _sample_of(store: Store, length: int, documents: Ints) -> Rows:
+    """Documents spread evenly over these, as many as hold about `SAMPLE_TOKENS`, in one stream."""
+    share = SAMPLE_TOKENS / max(int(store.lengths[documents].sum()), 1)
+    return stream_of(store, length, documents[spread(len(documents), share)] if share < 1 else documents)
 
 
 def _laid(recipe: Recipe, layout: Literal["packed", "padded", "flat"], store: Store, apart: Store | None) -> Feed:
@@ -233,7 +242,7 @@ def _laid(recipe: Recipe, layout: Literal["packed", "padded", "flat"], store: St
         kept_by=kept_by,
         train=train,
         held_out=held_out,
-        text=stream_of(store, data.length),
+        text=_sample_of(store, data.length, rest),
         tokens_per_step=max(1, round(int(pieces.lengths.sum()) / len(train) * data.batch)),
         cutting=cutting,
         held_out_store=apart or store,

@@ -410,3 +410,9 @@ def test_reading_examples_is_lazy(tmp_path, tokenizer):
     assert next(examples).source.endswith(":1")
     with pytest.raises(DataError, match=":201: not valid JSON"):
         list(examples)
+
+
+def test_labels_that_do_not_count_leave_the_inputs_of_a_single_row_as_they_are() -> None:
+    tokens, learns = torch.arange(9, dtype=torch.int32), torch.tensor([0, 0, 1, 1, 0, 1, 0, 1, 1], dtype=torch.uint8)
+    (row,) = Rows(tokens, 8, learns).batch([0]).input_ids
+    assert row.tolist() == list(range(8))

@@ -43,7 +43,7 @@ class Rows:
         starts = torch.tensor(indices, dtype=torch.long) * self.length
         at = starts[:, None] + torch.arange(self.length + 1)
         window = self.tokens[at].long()
-        labels = window[:, 1:].contiguous()
+        labels = window[:, 1:].clone(memory_format=torch.contiguous_format)  # of one row, `contiguous` is a view
         if self.learns is not None:
             labels[self.learns[at[:, 1:]] == 0] = -100
         return Batch(input_ids=window[:, :-1].contiguous(), labels=labels, indices=indices)

@@ -220,6 +220,7 @@ def check_toolchain(device: str) -> None:
 
 
 def cannot_compile(error: Exception) -> CompileError:
-    """The first line of what torch says, and what to do."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CompileError(f"the model's blocks cannot be compiled: {first}; leave `compile` out")
+    """What torch says the reason is, and what to do."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = next((line for line in lines if not line.endswith("raised:")), lines[0])
+    return CompileError(f"the model's blocks cannot be compiled: {reason}; leave `compile` out")

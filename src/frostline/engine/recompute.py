@@ -27,7 +27,7 @@ def recompute_blocks(blocks: Sequence[nn.Module]) -> None:
     once, outside of what is computed again.
     """
     for block in blocks:
-        block.forward = partial(_checkpointed, block.forward)
+        block.forward = partial(_checkpointed, block, block.forward)
 
 
 def recomputing() -> bool:
@@ -35,10 +35,17 @@ def recomputing() -> bool:
     return getattr(_thread, "active", False)
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not _needs_gradients(block, args, kwargs):  # keeps nothing anyway, and the compiler stumbles over it
+        return forward(*args, **kwargs)
     if torch.compiler.is_compiling():  # the compiler decides what of the block its backward pass computes again
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+
+
+def _needs_gradients(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+    return any(t.requires_grad for t in given) or any(p.requires_grad for p in block.parameters())
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -66,7 +66,8 @@ class DataSpec(Record):
         Annotated[Annotated[float, Field(gt=0, lt=1)], Tag("share")] | Annotated[Sources, Tag("files")],
         Discriminator(_share_or_files),
     ] = 0.05
-    """The share of the training tokens kept for the held-out loss (its end), or files of their own."""
+    """The share of the training data kept for the held-out loss (the end of a stream; in other layouts documents spread
+    evenly), or files of their own."""
     length: Annotated[int, Field(ge=2)] = 256
     """Tokens per row."""
     batch: Annotated[int, Field(ge=1, le=1_000_000)] = 8
