@@ -74,6 +74,7 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    RunFolder.at_free(out)  # before the data are read
     with determinism(recipe.deterministic):
         ready = make_ready(recipe, trust_remote_code=trust_remote_code, say=say)
         for line in ready.prepared.feed.lines():

@@ -136,11 +136,17 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
         """A new, empty run folder. Raises `RunFolderError` when something is there already."""
+        folder = cls.at_free(path)
+        with storage_errors(folder.path):
+            folder.evidence.mkdir(parents=True)
+        return folder
+
+    @classmethod
+    def at_free(cls, path: str | Path) -> RunFolder:
+        """A place for a run folder; nothing is written. Raises `RunFolderError` when something is there already."""
         folder = cls(path)
         if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
             raise RunFolderError(f"{path} {folder._what_is_there()}: a run never overwrites; name another --out")
-        with storage_errors(folder.path):
-            folder.evidence.mkdir(parents=True)
         return folder
 
     def _what_is_there(self) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
@@ -35,6 +36,21 @@ RemoteCode = Annotated[
 ]
 INTERRUPTED_TWICE = 130
 INTERRUPTED = 75
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"frostline {version('frostline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train decoder-only language models while deciding exactly what learns and when, and prove it."""
 
 
 def main() -> None:
