@@ -13,9 +13,9 @@ import tiny
 import torch
 
 import frostline
-from frostline.engine import Noted, StageEnded, stage_switch
+from frostline.engine import Chose, Noted, StageEnded, stage_switch
 from frostline.engine.optimizers import Optimizers
-from frostline.errors import RecipeError
+from frostline.errors import CompileError, RecipeError
 from frostline.export import apply_deltas, export_delta
 from frostline.feed import get_tokenizer
 from frostline.model import Weights, load_model, save_model
@@ -243,6 +243,28 @@ def test_a_delta_of_a_bf16_run_goes_into_its_base_and_gives_the_runs_model(
         delta = export_delta(result.folder, tmp_path / f"{stored}.safetensors")
         out = apply_deltas(str(folders[stored]), [delta], tmp_path / f"applied-{stored}")
         assert frostline.diff_checkpoints(out, result.folder).equal
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_experts_of_an_odd_width_train_and_cost_what_was_planned_and_it_is_said(tmp_path: Path, precision: str) -> None:
+    said: list[Any] = []
+    model, stages = (
+        tiny.config("mixtral", intermediate_size=44),
+        [{"learn": "experts | router", "steps": 2, "lr": 1e-3}],
+    )
+    overrides = {"model": model, "stages": stages, "precision": precision}
+    result = run(tmp_path, "mixtral", planned=True, observers=[said.append], **overrides)
+    assert result.audit.passed
+    assert [c.flops_agree for c in result.checks] == [True]
+    (line,) = [e for e in said if isinstance(e, Chose) and e.setting == "experts"]
+    assert (line.value, "width of 44" in line.why) == ("one by one", True)
+
+
+def test_compiled_experts_of_an_odd_width_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = tiny.config("mixtral", intermediate_size=44)
+    with pytest.raises(CompileError, match="width 44 in bfloat16; use `precision: bf16-mixed`"):
+        run(tmp_path, "mixtral", model=model, compile="blocks")
+    assert not (tmp_path / "run").exists()
 
 
 def test_rounding_without_bf16_weights_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 NAME = "frostline"
 """Of the experts implementation."""
+PIECE = 16
+"""Bytes that torch's grouped product reads at once: its operands' rows are so many bytes long, or a multiple."""
 _learning: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Packed weight → the experts of it that learn, where that is not all of them."""
 
@@ -48,6 +50,19 @@ def _is_known(module: nn.Module) -> bool:
     facts = vars(module)  # set by transformers' decorator of experts classes
     special = facts.get("has_post_expert_norm") or facts.get("_is_expert_parallel")  # older versions know neither
     return "is_transposed" in facts and not special
+
+
+def odd_width(model: nn.Module, dtype: torch.dtype) -> int | None:
+    """A width of the model's experts at which torch has no grouped products in `dtype`; None where it has them.
+
+    There `experts_forward` multiplies expert by expert: the same products, slower.
+    """
+    for module in own_modules(model):
+        for weight in module.parameters(recurse=False):
+            odd = [n for n in weight.shape[1:] if weight.dim() == 3 and n * dtype.itemsize % PIECE]
+            if odd:
+                return odd[0]
+    return None
 
 
 def let_experts_learn(weight: torch.Tensor, experts: Iterable[int] | None) -> None:
@@ -147,11 +162,20 @@ def _grouped(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> 
 
 
 def _one_by_one(*operands: torch.Tensor) -> bool:
-    """Whether torch's grouped product refuses these: fp64, and on the CPU memory that is not aligned to 16 bytes."""
-    if operands[0].dtype == torch.float64:
+    """Whether torch's grouped product refuses these: fp64, rows that are not whole pieces of 16 bytes (on any device),
+    and on the CPU memory that is not aligned to 16 bytes."""
+    if operands[0].dtype == torch.float64 or not all(_in_whole_pieces(t) for t in operands):
         return True
     on_cpu = operands[0].device.type == "cpu" and not isinstance(operands[0], FakeTensor)
-    return on_cpu and any(t.data_ptr() % 16 for t in operands)
+    return on_cpu and any(t.data_ptr() % PIECE for t in operands)
+
+
+def _in_whole_pieces(matrix: torch.Tensor) -> bool:
+    """Whether one of the two inner dimensions is dense and the other one's stride a multiple of 16 bytes."""
+    (rows, columns), (down, right) = matrix.shape[-2:], matrix.stride()[-2:]
+    if down == 1 and right >= max(1, rows):
+        return right * matrix.element_size() % PIECE == 0
+    return right == 1 and down >= max(1, columns) and down * matrix.element_size() % PIECE == 0
 
 
 def _numbers(ends: torch.Tensor, n_rows: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,9 @@ from frostline.engine import Chose, Chosen, LossFunction, Points, choose_loss, n
 from frostline.engine.compiled import Compiled, check_compiles
 from frostline.engine.evaluation import EvalSet
 from frostline.engine.recompute import recompute_blocks
-from frostline.errors import FrostlineError, ModelError, RecipeError
+from frostline.errors import CompileError, FrostlineError, ModelError, RecipeError
 from frostline.feed import fit_attention
+from frostline.grouped import odd_width
 from frostline.levers import recompute_for
 from frostline.measuring import choose
 from frostline.model import load_model, untie
@@ -74,7 +75,7 @@ def make_ready(
             plan = plan_of(prepared, recompute=True, trust_remote_code=trust_remote_code)
     compiled = compile_blocks(model, prepared, device) if recipe.compile == "blocks" else None
     found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why))
-    settled = tuple(c for c in found if getattr(recipe, c.setting) == "auto")
+    settled = (*(c for c in found if getattr(recipe, c.setting) == "auto"), *experts_for(recipe, model))
     for i, stage in enumerate(plan.stages if plan else ()):
         if not stage.cost.gradient_bytes:
             raise RecipeError(f"stages[{i}]: nothing of `{stage.learn}` gets a gradient: its routes cut all of it off")
@@ -124,7 +125,8 @@ def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) ->
     """One forward pass on one row: a model that cannot run is found before anything is written. Raises `ModelError`."""
     model.eval()
     try:
-        with torch.no_grad():
+        bf16 = prepared.recipe.precision == "bf16-mixed"
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             next_token_loss(model, prepared.feed.train.batch([0]).to(device))
     except Exception as error:  # models raise anything when their configuration does not fit together
         first = (str(error).strip().splitlines() or [""])[0]
@@ -143,12 +145,26 @@ def loss_for(prepared: Prepared, model: nn.Module) -> Chosen:
         raise RecipeError(str(error)) from None
 
 
+def experts_for(recipe: Recipe, model: nn.Module) -> Iterator[Chose]:
+    """How experts are multiplied, where that is not as usual."""
+    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+    width = odd_width(model, dtype)
+    if width is not None:
+        why = f"torch's grouped products in {str(dtype).removeprefix('torch.')} do not take a width of {width}"
+        yield Chose(setting="experts", value="one by one", why=f"{why}; the same products, slower")
+
+
 def compile_blocks(model: nn.Module, prepared: Prepared, device: torch.device) -> Compiled:
     """The model's blocks, to be compiled when a stage needs them. Raises `CompileError` for those that cannot be."""
     if prepared.feed.layout != "stream":
         raise RecipeError(
             f"compile: rows of layout {prepared.feed.layout} differ in shape from step to step, and every shape is "
             "a graph of its own: use layout stream, or leave `compile` out"
+        )
+    if prepared.recipe.precision == "bf16" and (width := odd_width(model, torch.bfloat16)) is not None:
+        raise CompileError(
+            f"in compiled blocks torch cannot multiply experts of width {width} in bfloat16; "
+            "use `precision: bf16-mixed` or fp32, or leave `compile` out"
         )
     blocks = [block for _, block in find_blocks(model)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -10,7 +12,7 @@ from all_types import small_model
 from frostline.anatomy import read_anatomy
 from frostline.engine.notes import learns_some_experts, notes_on
 from frostline.engine.stage_switch import switch
-from frostline.grouped import NAME, let_experts_learn, own_modules, use_own_experts
+from frostline.grouped import NAME, let_experts_learn, odd_width, own_modules, use_own_experts
 from frostline.model import quiet_transformers
 from frostline.moe import find_sites
 from frostline.recipe import StageSpec
@@ -157,6 +159,40 @@ def test_weights_at_odd_addresses_are_multiplied_one_by_one():
     torch.testing.assert_close(logits, expected)
     for name, gradient in reference.items():
         torch.testing.assert_close(gradients[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("intermediate", [44, 48])
+@pytest.mark.parametrize("learning", [None, (1, 2)])
+def test_experts_of_any_width_compute_in_bf16_what_eager_ones_compute_in_fp64(intermediate, learning):
+    torch.manual_seed(0)
+    x, index, weight = torch.randn(24, 32), torch.stack([torch.randperm(4)[:2] for _ in range(24)]), torch.rand(24, 2)
+    found = {}
+    for dtype, implementation in ((torch.bfloat16, NAME), (torch.float64, "eager")):
+        model = tiny.model("mixtral", intermediate_size=intermediate).to(torch.bfloat16).to(dtype)
+        model.set_experts_implementation(implementation)
+        experts = model.model.layers[0].mlp.experts
+        for packed_weight in experts.parameters():
+            let_experts_learn(packed_weight, learning if dtype == torch.bfloat16 else None)
+        rows = x.to(torch.bfloat16).to(dtype).requires_grad_()
+        out = experts(rows, index, weight.to(torch.bfloat16).to(dtype))
+        out.sin().sum().backward()
+        found[dtype] = [out, rows.grad, *(p.grad[[*(learning or range(4))]] for p in experts.parameters())]
+    for ours, truth in zip(*found.values(), strict=True):
+        assert (ours.double() - truth).norm() <= 0.01 * truth.norm()
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "dtype", "width"),
+    [(44, torch.bfloat16, 44), (44, torch.float32, None), (46, torch.float32, 46), (48, torch.bfloat16, None)],
+)
+def test_torch_refuses_a_grouped_product_of_just_the_widths_that_are_called_odd(intermediate, dtype, width):
+    model = tiny.model("mixtral", intermediate_size=intermediate).to(dtype)
+    assert odd_width(model, dtype) == width
+    weight = model.get_parameter("model.layers.0.mlp.experts.down_proj")
+    rows = torch.zeros(6, intermediate, dtype=dtype)
+    ends = torch.tensor([1, 2, 4, 6], dtype=torch.int32)
+    with nullcontext() if width is None else pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        torch.nn.functional.grouped_mm(rows, weight.mT, offs=ends)
 
 
 def test_a_dense_model_is_left_alone():

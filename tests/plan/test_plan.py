@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from frostline import train
@@ -24,6 +26,7 @@ from frostline.moe import upcycle
 from frostline.plan import KINDS, Batching, StageCost, make_plan, plan_to_json, trace_stage
 from frostline.plan import formulas as formulas_module
 from frostline.plan.meter import Meter
+from frostline.plan.plan import plan_errors
 from frostline.planning import Asked, plan_model, plan_recipe
 from frostline.recipe import ScratchModel, StageSpec, dump_yaml
 from frostline.schedule import Schedule, Stage
@@ -572,3 +575,28 @@ def test_a_weight_cast_for_a_product_is_memory_of_its_own_and_the_product_still_
         out = torch.nn.functional.linear(x, weight)
         assert meter.live_bytes == 2 * (weight.numel() + x.numel() + out.numel())
     assert set(meter.flops) == {("w", "forward")}
+
+
+def test_what_cannot_be_planned_is_one_error_without_torchs_traceback():
+    said: list[logging.LogRecord] = []
+    torch_says, listener = logging.getLogger("torch._subclasses.fake_tensor"), logging.Handler()
+    listener.emit = said.append  # type: ignore[method-assign]
+    torch_says.addHandler(listener)
+
+    def refused() -> None:
+        with FakeTensorMode():
+            rows, matrices = torch.zeros(4, 12, dtype=torch.bfloat16), torch.zeros(2, 12, 8, dtype=torch.bfloat16)
+            torch.nn.functional.grouped_mm(rows, matrices, offs=torch.zeros(2, dtype=torch.int32))
+
+    try:
+        with (
+            pytest.raises(PlanError, match=r"mixtral cannot be executed without values.*16 bytes"),
+            plan_errors("mixtral"),
+        ):
+            refused()
+        assert not said
+        with pytest.raises(RuntimeError):
+            refused()
+        assert said
+    finally:
+        torch_says.removeHandler(listener)

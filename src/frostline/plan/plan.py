@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -196,6 +197,8 @@ def _with_bytes_of(cost: StageCost, largest: StageCost) -> StageCost:
 @contextmanager
 def plan_errors(model_type: str) -> Iterator[None]:
     """Turn whatever a model raises when its tensors have no values into a `PlanError`."""
+    torch_says = logging.getLogger("torch._subclasses.fake_tensor")
+    was_silent, torch_says.disabled = torch_says.disabled, True  # it logs the traceback of what is reported below
     try:
         yield
     except FrostlineError:
@@ -205,6 +208,8 @@ def plan_errors(model_type: str) -> Iterator[None]:
         raise PlanError(
             f"{model_type} cannot be executed without values, so it cannot be planned: {type(error).__name__}: {first}"
         ) from error
+    finally:
+        torch_says.disabled = was_silent
 
 
 EXACT_TRACES = 8
