@@ -49,6 +49,9 @@ class System:
     needs: tuple[str, ...]
     """What is installed into its environment."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """Of its script: its best for the job, or nothing for its defaults."""
+    pinned: bool = True
+    """Whether the repository's `constraints.txt` holds in its environment; a peer may need other releases."""
 
     @property
     def environment(self) -> Path:
@@ -56,11 +59,18 @@ class System:
         return WORK / "environments" / self.script
 
 
+TRL = ("torch", "transformers", "accelerate==1.15.0", "trl==1.16.0")
 SYSTEMS: dict[str, System] = {
     "bare loop": System(script="bare", needs=("torch", "transformers")),
     "HF Trainer": System(script="trainer", needs=("torch", "transformers", "accelerate")),
     "HF Trainer, compiled": System(
         script="trainer", needs=("torch", "transformers", "accelerate"), settings={"torch_compile": True}
+    ),
+    "TRL": System(script="trl_", needs=TRL),
+    "TRL, at its best": System(
+        script="trl_",
+        needs=TRL,
+        settings={"gradient_checkpointing": False, "torch_compile": True, "padding_free": True},
     ),
     "Frostline": System(script="frostline_", needs=("-e", str(ROOT))),
 }
@@ -75,8 +85,8 @@ def python_of(system: System, given: Mapping[str, str]) -> str:
     if not (system.environment / "ready").exists():
         print(f"making {system.environment}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(system.environment)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), *system.needs]
-        subprocess.run(install, check=True, cwd=ROOT)
+        held = ("-c", str(ROOT / "constraints.txt")) if system.pinned else ()
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *held, *system.needs], check=True, cwd=ROOT)
         (system.environment / "ready").touch()
     return str(python)
 
