@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from frostline.data.chat import Spoken, control_tokens, spoken
+from frostline.data.encoding import encode_texts
 from frostline.data.files import RowError
 from frostline.data.formats import Pair, TokenRow
 from frostline.data.masks import Masked, Written, encode_spans
@@ -23,7 +24,7 @@ from frostline.data.messages import Conversation
 from frostline.data.sources import FileTally, Found, Tally, shapes_of
 from frostline.data.templates import Template, template_of
 from frostline.data.text import Document
-from frostline.data.tokens import check_vocabulary, encode_texts
+from frostline.data.tokens import check_vocabulary
 from frostline.errors import DataError
 from frostline.recipe import DataSpec, SourceSpec
 
@@ -143,13 +144,11 @@ class Maker:
     def of_documents(self, documents: list[Document]) -> list[Example]:
         """Plain texts: everything learns but the first token."""
         out = []
-        encoded = encode_texts([d.text for d in documents], self.tokenizer) if documents else []
-        for document, tokens in zip(documents, encoded, strict=True):
-            ids = np.asarray(tokens.ids, dtype=np.int32)
-            learns = np.ones(len(ids), dtype=np.bool_)
+        for document, tokens in zip(documents, encode_texts([d.text for d in documents], self.tokenizer), strict=True):
+            learns = np.ones(len(tokens.ids), dtype=np.bool_)
             learns[:1] = False
-            n_bytes = len(document.text.encode()) - len(document.text[: tokens.first_end].encode())
-            out.append(self.example(Masked(ids, learns, n_bytes), document.source))
+            n_bytes = _utf_8_bytes(document.text) - _utf_8_bytes(document.text[: tokens.first_end])
+            out.append(self.example(Masked(tokens.ids, learns, n_bytes), document.source))
         return out
 
     def of_tokens(self, row: TokenRow) -> Example:
@@ -170,3 +169,7 @@ class Maker:
         """With its tokens checked against the model's vocabulary."""
         check_vocabulary(masked.ids, self.n_vocabulary)
         return Example(ids=masked.ids, learns=masked.learns, n_bytes=masked.n_bytes, source=source)
+
+
+def _utf_8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())

@@ -18,26 +18,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from frostline.data.part_files import FILES, append_all, part_name, readable, write_part
 from frostline.data.parts import Chunk, chunks_of, made
-from frostline.data.sources import SHOWN, FileTally, Tally
-from frostline.data.store import Block, Store
+from frostline.data.sources import FileTally, Tally
+from frostline.data.store import Store
 from frostline.environment import PACKAGES, hash_file, package_version
 from frostline.errors import DataError
 from frostline.recipe import DataSpec, SourceSpec, plain, source_of
 from frostline.run_folder import storage_errors
 
-FILES = {
-    "tokens": torch.int32,
-    "learns": torch.uint8,
-    "offsets": torch.int64,
-    "n_bytes": torch.int64,
-    "sources": torch.int32,
-}
 MANIFEST = "MANIFEST.json"
 NOT_FOR_TOKENS = ("train", "held_out", "length", "batch", "layout", "long", "apart", "cache", "workers")
 """Keys of `data` that do not change which tokens there are."""
@@ -153,7 +144,7 @@ def _write_parts(
     def missing() -> Iterator[Chunk]:
         n_kept = 0
         for chunk in chunks_of(spec, sources, tally):
-            if _readable(folder / part_name(chunk.index)):
+            if readable(folder / part_name(chunk.index)):
                 n_kept += 1
                 continue
             if n_kept:
@@ -163,52 +154,11 @@ def _write_parts(
 
     done = 0
     for chunk_index, block, notes in made(missing(), spec, tokenizer, n_vocabulary, workers=workers):
-        _write_part(folder / part_name(chunk_index), block, notes)
+        write_part(folder / part_name(chunk_index), block, notes)
+        reached("part")
         done += len(block.tokens)
         if chunk_index % 50 == 49:
             say(f"tokens: {done / 1e6:,.0f} million so far")
-
-
-def part_name(index: int) -> str:
-    """The file of a part."""
-    return f"part-{index:07d}.safetensors"
-
-
-def _write_part(path: Path, block: Block, notes: dict[str, Any]) -> None:
-    arrays: dict[str, Any] = {"tokens": block.tokens, "lengths": block.lengths, "n_bytes": block.n_bytes}
-    arrays["sources"] = block.sources
-    if block.learns is not None:
-        arrays["learns"] = block.learns
-    temporary = path.with_suffix(".tmp")
-    with storage_errors(path):
-        save_file(arrays, temporary, {"files": json.dumps(block.files), "notes": json.dumps(notes)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    reached("part")
-
-
-def _readable(path: Path) -> bool:
-    try:
-        _read_part(path)
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return False
-    return True
-
-
-def _read_part(path: Path) -> tuple[Block, dict[str, Any]]:
-    with safe_open(path, framework="numpy") as file:
-        about = file.metadata()
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a mapping)
-    block = Block(
-        tokens=arrays["tokens"],
-        learns=arrays.get("learns"),
-        lengths=arrays["lengths"],
-        n_bytes=arrays["n_bytes"],
-        sources=arrays["sources"],
-        files=tuple(json.loads(about["files"])),
-    )
-    return block, json.loads(about["notes"])
 
 
 # --- joining --------------------------------------------------------------------------------------------------------
@@ -221,9 +171,8 @@ def _join(partial: Path, folder: Path, tally: Tally) -> None:
     with storage_errors(temporary):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        files = _append_all(temporary, parts, tally)
-        manifest: dict[str, Any] = {"schema": 1, "sources": files, "tally": [asdict(t) for t in tally.files.values()]}
-        manifest["files"] = {p.name: {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in _flat(temporary)}
+        sources, files = append_all(temporary, parts, tally)
+        manifest = {"schema": 1, "sources": sources, "tally": [asdict(t) for t in tally.files.values()], "files": files}
         reached("before manifest")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*_flat(temporary), temporary / MANIFEST, temporary):
@@ -233,52 +182,6 @@ def _join(partial: Path, folder: Path, tally: Tally) -> None:
         _sync(folder.parent)
         reached("after rename")
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _append_all(folder: Path, parts: list[Path], tally: Tally) -> list[str]:
-    files: dict[str, int] = {}
-    at, some_do_not_learn = 0, any(_read_part(p)[0].learns is not None for p in parts)
-    names = [n for n in FILES if n != "learns" or some_do_not_learn]
-    streams = {name: (folder / f"{name}.bin").open("wb") for name in names}
-    try:
-        streams["offsets"].write(np.zeros(1, np.int64).tobytes())
-        for path in parts:
-            block, notes = _read_part(path)
-            ends = at + np.cumsum(block.lengths)
-            streams["tokens"].write(block.tokens.tobytes())
-            streams["offsets"].write(ends.astype(np.int64).tobytes())
-            streams["n_bytes"].write(block.n_bytes.tobytes())
-            numbers = np.asarray([files.setdefault(f, len(files)) for f in block.files], np.int32)
-            streams["sources"].write(numbers[block.sources].astype(np.int32).tobytes() if len(numbers) else b"")
-            if some_do_not_learn:
-                streams["learns"].write(_learns(block).tobytes())
-            at += int(block.lengths.sum())
-            _note(tally, notes)
-    finally:
-        for stream in streams.values():
-            stream.close()
-    return list(files)
-
-
-def _learns(block: Block) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    if block.learns is not None:
-        return block.learns
-    learns = np.ones(len(block.tokens), np.uint8)
-    first = np.cumsum(block.lengths) - block.lengths
-    learns[first[block.lengths > 0]] = 0
-    return learns
-
-
-def _note(tally: Tally, notes: dict[str, Any]) -> None:
-    """What the makers of parts left out, and how they found what learns."""
-    for path, found in notes.items():
-        if not path:  # copies of a mixture are not counted again
-            continue
-        of = tally.of(path)
-        of.dropped += found["dropped"]
-        of.reasons += found["reasons"][: max(0, SHOWN - len(of.reasons))]
-        for method, n in found["methods"].items():
-            of.methods[method] = of.methods.get(method, 0) + n
 
 
 # --- opening --------------------------------------------------------------------------------------------------------

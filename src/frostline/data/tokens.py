@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from frostline.data.batch import Batch
+from frostline.data.encoding import encode_texts
 from frostline.data.text import Document
 from frostline.errors import DataError
 
@@ -57,34 +58,6 @@ class Rows:
         return Rows(self.tokens[first], self.length, learns[0]), Rows(self.tokens[last], self.length, learns[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """One text between the tokenizer's begin and end tokens, where it has them."""
-
-    ids: list[int]
-    first_end: int
-    """Characters of the text that the first token stands for: 0 where it is a begin token."""
-
-
-def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[Tokens]:
-    """Each text as tokens. Text that happens to read like a special token stays text."""
-    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    settings = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    encoded = tokenizer(list(texts), verbose=False, **settings)
-    first_ends = [0 if begin else _first_end(encoded, i, texts[i]) for i in range(len(texts))]
-    return [Tokens([*begin, *ids, *end], first) for ids, first in zip(encoded["input_ids"], first_ends, strict=True)]
-
-
-def _first_end(encoded: Any, index: int, text: str) -> int:
-    """Where the first token of a text ends; a tokenizer that knows no places is taken to begin with one character."""
-    ids = encoded["input_ids"][index]
-    if not ids:
-        return 0
-    chars = encoded.token_to_chars(index, 0) if isinstance(encoded, BatchEncoding) and encoded.is_fast else None
-    return int(chars.end) if chars is not None else min(1, len(text))
-
-
 def encode(documents: Iterable[Document], tokenizer: Any, *, n_vocabulary: int) -> torch.Tensor:
     """One stream of tokens, int32: each document between the tokenizer's begin and end tokens, where it has them.
 
@@ -93,7 +66,7 @@ def encode(documents: Iterable[Document], tokenizer: Any, *, n_vocabulary: int) 
     texts = [d.text for d in documents]
     if not texts:
         return torch.empty(0, dtype=torch.int32)
-    tokens = np.concatenate([np.asarray(t.ids, dtype=np.int32) for t in encode_texts(texts, tokenizer)])
+    tokens = np.concatenate([t.ids for t in encode_texts(texts, tokenizer)])
     check_vocabulary(tokens, n_vocabulary)
     return torch.from_numpy(tokens)
 
