@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy
-from frostline.data import Batch, files_to_hash
+from frostline.data import Batch, files_to_hash, rows_at
 from frostline.engine import Chose, Observer, PrefixCache, PrefixSettings
 from frostline.environment import describe_environment
 from frostline.errors import ModelError
@@ -108,9 +108,11 @@ def prefix_cache_of(
     device: torch.device,
     n_rows: int,
     batches: Callable[[int, Stage], Sequence[Batch]],
+    measured: Sequence[Batch],
     say: Callable[[str, str, str], None],
 ) -> PrefixCache:
-    """The cache of a run's frozen prefix, as its recipe wants it. `say`: told (setting, value, why)."""
+    """The cache of a run's frozen prefix, as its recipe wants it. `measured`: every batch that is measured. `say`:
+    told (setting, value, why)."""
 
     def depends_on() -> Mapping[str, Any]:
         found = describe_environment(device=device, data=files_to_hash(recipe.data), base=None)
@@ -128,6 +130,8 @@ def prefix_cache_of(
         limit_bytes=recipe.cache.limit_bytes,
         n_rows=n_rows,
         batch=lambda stage: batches(stage.start, stage)[0],
+        measured=measured,
+        rows_of=lambda step: rows_at(step, seed=recipe.seed, n_rows=n_rows, batch=recipe.data.batch),
         bf16=recipe.precision == "bf16-mixed",
         depends_on=depends_on,
         worth=lambda stage: COMPILED if recipe.compile != "off" else why_not_worth(plan, schedule, stage),

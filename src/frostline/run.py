@@ -22,7 +22,7 @@ from frostline.anatomy import Anatomy
 from frostline.audit import Audit, audit
 from frostline.checkpoints import Checkpoints
 from frostline.choices import write_choice
-from frostline.data import files_to_hash
+from frostline.data import Batch, files_to_hash
 from frostline.dtypes import dtype_note
 from frostline.engine import LoopSettings, Observer, PrefixCache, loss_of, train_loop
 from frostline.engine.load_log import log_load
@@ -90,6 +90,7 @@ def carry_out(
     """Train, from the start or from a state, and audit. The folder is locked by the caller."""
     prepared, model, recipe = ready.prepared, ready.model, ready.prepared.recipe
     batches = batches_of(recipe, prepared.feed.train, ready.device)
+    held_out = held_out_batches(recipe, prepared.feed.held_out, ready.device)
     say = sayer(folder, observers)
     cache = prefix_cache_of(
         recipe,
@@ -100,6 +101,7 @@ def carry_out(
         device=ready.device,
         n_rows=len(prepared.feed.train),
         batches=batches,
+        measured=[*held_out, *(b for s in ready.sets for b in s.batches if isinstance(b, Batch))],
         say=say,
     )
     meters = StepMeters(model, around=cache.bypassed)
@@ -117,11 +119,11 @@ def carry_out(
                     model,
                     prepared.anatomy,
                     prepared.schedule,
-                    batches,
+                    cache.watched(batches),
                     ready.loss,
                     folder=folder,
                     settings=replace(settings, watch=meters if ready.plan else None, save=saver, go_back=saver.go_back),
-                    held_out=held_out_batches(recipe, prepared.feed.held_out, ready.device),
+                    held_out=held_out,
                     observers=[*observers, *logs],
                     stop=stop,
                     resumed=resumed,
@@ -191,6 +193,7 @@ def loop_settings(ready: Ready, cache: PrefixCache | None = None) -> LoopSetting
         spike=recipe.spike,
         flow_every=recipe.evidence.flow_every or FLOW_EVERY if points else None,
         loss_of=lambda stage: loss_of(stage, points, cache.language(stage, ready.loss) if cache else ready.loss),
+        measure_of=(lambda stage: cache.measuring(stage, ready.loss)) if cache else None,
         seed=recipe.seed,
         bf16=recipe.precision == "bf16-mixed",
         rounding=recipe.rounding or "masters",

@@ -19,8 +19,8 @@ from frostline.anatomy import find_blocks, read_anatomy
 from frostline.data import Batch
 from frostline.engine import Chose, compiled, next_token_loss, prefix_store
 from frostline.engine.prefix import NoPrefixError, Split, split_of
-from frostline.engine.prefix_cache import tried
 from frostline.engine.prefix_store import RowStore, make_room
+from frostline.engine.prefix_trial import tried
 from frostline.errors import StorageError
 from frostline.plan import why_not_worth
 from frostline.prepared import plan_of, prepare
@@ -42,7 +42,9 @@ def without_plans(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
         monkeypatch.setattr(ready_module, "plan_of", lambda *_, **__: None)
 
 
-def recipe(folder: Path, architecture: str = "llama", *, cache: str = "on", **changes: Any) -> Recipe:
+def recipe(
+    folder: Path, architecture: str = "llama", *, cache: str = "on", cache_limit: str = "1GB", **changes: Any
+) -> Recipe:
     """Three epochs of few rows."""
     stage = {"name": "last", "learn": LAST, "epochs": 3, "lr": 1e-2, **changes.pop("stage", {})}
     data = tiny.recipe_dict(folder, "llama" if architecture in MORE else architecture, stages=[stage])
@@ -51,7 +53,7 @@ def recipe(folder: Path, architecture: str = "llama", *, cache: str = "on", **ch
     data["data"] |= {"held_out": 0.8}
     if architecture == "gpt2":  # the dropout after its embedding has no parameters that could be frozen
         data["model"] = {**data["model"], "embd_pdrop": 0.0}
-    data["cache"] = {"prefix": cache, "dir": str(folder / "cache"), "limit": "1GB"}
+    data["cache"] = {"prefix": cache, "dir": str(folder / "cache"), "limit": cache_limit}
     return recipe_from_dict(data | changes)
 
 
@@ -70,8 +72,15 @@ def trained(folder: Path, name: str, *args: Any, **changes: Any) -> tuple[dict[s
 
 
 def store_of(folder: Path) -> Path:
-    (found,) = (p.parent for p in (folder / "cache").glob("*/key.json"))
+    (found,) = stores_of(folder)
     return found
+
+
+def stores_of(folder: Path) -> list[Path]:
+    """Of rows that are trained on; those that are measured have their own."""
+    found = [p.parent for p in (folder / "cache").glob("*/key.json")]
+    assert sum(p.name.endswith("-held-out") for p in found) <= len(found) // 2
+    return [p for p in found if not p.name.endswith("-held-out")]
 
 
 @pytest.fixture
@@ -177,7 +186,7 @@ def test_a_stage_that_learns_below_makes_another_prefix(tmp_path: Path) -> None:
     keeping, said = trained(tmp_path, "keeping", stages=stages)
     assert keeping == computing
     assert [s.split(":")[0] for s in said] == ["on", "off", "on"]
-    assert len(list((tmp_path / "cache").glob("*/key.json"))) == 2
+    assert len(stores_of(tmp_path)) == 2
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -265,7 +274,7 @@ def test_what_the_activations_depend_on_makes_another_key(tmp_path: Path, change
         changes["data"] = {**tiny.recipe_dict(tmp_path)["data"], "held_out": 0.8, **changes["data"]}
     _, said = trained(tmp_path, "second", **changes)
     assert " 0 of " in said[0]
-    assert len(list((tmp_path / "cache").glob("*/key.json"))) == 2
+    assert len(stores_of(tmp_path)) == 2
 
 
 def test_other_text_is_never_taken_for_the_text_that_was_kept(tmp_path: Path) -> None:

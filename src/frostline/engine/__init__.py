@@ -19,7 +19,8 @@ from frostline.engine.loop_settings import LoopResult, LoopSettings
 from frostline.engine.loss import loss_of, next_token_loss
 from frostline.engine.optimizers import check_installed
 from frostline.engine.place import place
-from frostline.engine.prefix_cache import PrefixCache, PrefixSettings
+from frostline.engine.prefix_cache import PrefixCache
+from frostline.engine.prefix_reader import PrefixSettings
 from frostline.engine.routes import Points, set_routes
 from frostline.engine.step import LossFunction, StepRecord, step
 from frostline.engine.train import train_loop

@@ -53,6 +53,8 @@ class LoopSettings:
     """Steps between measurements of where gradients go, from the start of each stage; needs `points`."""
     loss_of: Callable[[Stage], LossFunction] | None = None
     """What each stage minimises, where that is not the loss that is measured."""
+    measure_of: Callable[[Stage], LossFunction] | None = None
+    """The same numbers as the loss that is measured, while a stage is in progress, computed in another way."""
     skip_limit: int = 0
     """So many steps in a row that are not finite may be left out; 0: the first one stops the run."""
     spike: SpikeSpec | None = None

@@ -30,7 +30,6 @@ from frostline.errors import StorageError
 from frostline.run_folder import storage_errors, write_text
 
 ENTRY = struct.Struct("<QII")
-CPU = torch.device("cpu")
 MARK = 0x66726F73
 COMMIT_BYTES = 64 << 20
 """Rows that are written before they are put on disk and entered."""
@@ -44,8 +43,6 @@ class RowStore:
         self.folder, self.n_rows = folder, n_rows
         self.shape, self.dtype, self.row_bytes = tuple(like.shape), like.dtype, like.nbytes
         self.was_damaged = False
-        self._pinned: torch.Tensor | None = None
-        self._copied: Any = None
         self._fresh: dict[int, bytes] = {}
         self._verified: set[int] = set()
         self._data = self._table = -1
@@ -76,38 +73,32 @@ class RowStore:
         return all(self._has(row, t) for row, t in zip(rows, tokens, strict=True))
 
     def _has(self, row: int, tokens: int) -> bool:
-        if not 0 <= row < self.n_rows:
-            return False
-        entry = self._fresh.get(row) or bytes(self._entry_bytes[row])
-        found, checksum, mark = ENTRY.unpack(entry)
-        if mark != MARK or found != tokens:
+        if self.tokens_of(row) != tokens:
             return False
         if row not in self._verified:
-            if zlib.crc32(self._rows[row]) != checksum:
+            if zlib.crc32(self._rows[row]) != self._entry(row)[1]:
                 self.was_damaged = True
                 return False
             self._verified.add(row)
         return True
 
-    def read(self, rows: Sequence[int], device: torch.device = CPU) -> torch.Tensor:
-        """The activations of rows that are there, on a device."""
-        if device.type == "cuda":
-            found = self._read_pinned(rows).to(device, non_blocking=True)
-            self._copied.record()
-        else:
-            found = torch.from_numpy(np.take(self._rows, list(rows), axis=0))
-        return found.view(self.dtype).reshape(len(rows), *self.shape)
+    def tokens_of(self, row: int) -> int | None:
+        """The hash of what a row was made of; None while it is not there."""
+        if not 0 <= row < self.n_rows:
+            return None
+        tokens, _, mark = self._entry(row)
+        return int(tokens) if mark == MARK else None
 
-    def _read_pinned(self, rows: Sequence[int]) -> torch.Tensor:
-        """The rows in memory that a device reads by itself, made once: fresh pages for every batch, and a second copy
-        on the way, took longer than most steps."""
-        if self._pinned is None or len(self._pinned) < len(rows):
-            self._pinned = torch.empty((len(rows), self.row_bytes), dtype=torch.uint8, pin_memory=True)
-            self._copied = torch.cuda.Event()
-        self._copied.synchronize()  # what was read before has arrived
-        here = self._pinned[: len(rows)]
-        np.take(self._rows, list(rows), axis=0, out=here.numpy(), mode="clip")  # other modes copy once more
-        return here
+    def _entry(self, row: int) -> tuple[int, int, int]:
+        tokens, checksum, mark = ENTRY.unpack(self._fresh.get(row) or bytes(self._entry_bytes[row]))
+        return tokens, checksum, mark
+
+    def read(self, rows: Sequence[int], *, pinned: bool = False) -> torch.Tensor:
+        """The activations of rows that are there. `pinned`: in memory that a CUDA device reads by itself, which torch
+        keeps for the next time: fresh pages for every batch took longer than most steps."""
+        found = torch.empty((len(rows), self.row_bytes), dtype=torch.uint8, pin_memory=pinned)
+        np.take(self._rows, list(rows), axis=0, out=found.numpy(), mode="clip")  # other modes copy once more
+        return found.view(self.dtype).reshape(len(rows), *self.shape)
 
     def write(self, rows: Sequence[int], tokens: Sequence[int], activations: torch.Tensor) -> None:
         """Keep what is not there yet. Raises `StorageError`."""

@@ -251,12 +251,13 @@ class _Loop:
         if not self.held_out:
             return math.nan
         model, settings, done = self.model, self.settings, self.done
-        value = held_out_loss(model, self.held_out, self.loss, settings)
+        measured = settings.measure_of(stage) if settings.measure_of else self.loss
+        value = held_out_loss(model, self.held_out, measured, settings)
         set_modes(model, stage)
         bits = bits_per_byte(value, settings.held_out_bytes)
         self.tell(Evaluated(stage=stage, step=done, held_out_loss=value, bits_per_byte=bits))
         for s in settings.also:
-            of_set = held_out_loss(model, s.batches, self.loss, settings)
+            of_set = held_out_loss(model, s.batches, measured, settings)
             set_modes(model, stage)
             bits = bits_per_byte(of_set, s.bytes_per_target)
             self.tell(SetEvaluated(stage=stage, step=done, name=s.name, loss=of_set, bits_per_byte=bits))
