@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Job:
     model: str
     """A folder with the weights that all start from."""
     tokens: str
-    """A `.pt` file: (rows, length), int64."""
+    """A `.pt` file: (rows, length), int64; or a list of documents of different lengths, each (length,)."""
     learn: str
     """`all`, `ffn`, `attn`, `last-4`, `head`, `experts`, …"""
     batch: int
@@ -58,6 +58,8 @@ class Result:
     peak_bytes: int
     """CPU: the process's largest resident memory above that after its imports. CUDA: the most that was allocated."""
     n_learning: int
+    tokens: list[int] = field(default_factory=list)
+    """Real ones per step, padding not counted, where rows differ in length."""
     cpu_seconds: list[float] = field(default_factory=list)
     """Per step, of the process: says something where other processes compute too."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +83,26 @@ def learns(name: str, learn: str, n_layers: int) -> bool:
     raise ValueError(f"no job is called {learn}")
 
 
+def collate(rows: Any, indices: Sequence[int]) -> dict[str, Any]:
+    """A batch as `transformers` collates it by default: rows filled up on the right to the longest, and masked."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    if isinstance(rows, torch.Tensor):
+        return {"input_ids": rows[list(indices)], "labels": rows[list(indices)]}
+    found = [rows[i] for i in indices]
+    return {
+        "input_ids": pad_sequence(found, batch_first=True),
+        "labels": pad_sequence(found, batch_first=True, padding_value=-100),
+        "attention_mask": pad_sequence([torch.ones_like(r) for r in found], batch_first=True),
+    }
+
+
+def tokens_of(rows: Any, order: Sequence[Sequence[int]]) -> list[int]:
+    """Real tokens of every step."""
+    return [sum(len(rows[i]) for i in indices) for indices in order]
+
+
 def load_model(job: Job) -> Any:
     """The model by plain transformers, with what learns marked."""
     import torch
@@ -96,7 +118,8 @@ class Meter:
     """Clock and memory of one run."""
 
     def __init__(self, job: Job) -> None:
-        import torch._dynamo  # what some system loads later anyway counts for none
+        import torch._inductor.compile_fx  # what some system loads later anyway counts for none
+        from transformers import AutoModelForCausalLM  # noqa: F401
 
         self.cuda = job.device == "cuda"
         self.before = resident_bytes()

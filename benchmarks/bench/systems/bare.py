@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from job import Job, Meter, Result, load_model, main
+from job import Job, Meter, Result, collate, load_model, main, tokens_of
 
 
 def run(job: Job) -> Result:
@@ -20,12 +20,12 @@ def run(job: Job) -> Result:
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=job.lr, weight_decay=0.0, fused=True)
     forward = torch.compile(model) if job.settings.get("compile") else model
-    losses = []
+    losses, order = [], job.order(len(rows))
     meter.start()
-    for indices in job.order(len(rows)):
-        ids = rows[indices].to(job.device)
+    for indices in order:
+        batch = {name: tensor.to(job.device) for name, tensor in collate(rows, indices).items()}
         with torch.autocast(job.device, torch.bfloat16, enabled=job.dtype == "bf16"):
-            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = forward(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
@@ -36,6 +36,7 @@ def run(job: Job) -> Result:
         seconds=meter.seconds,
         losses=[x.item() for x in losses],
         peak_bytes=meter.peak_bytes(),
+        tokens=tokens_of(rows, order),
         cpu_seconds=meter.cpu_seconds,
         n_learning=sum(p.numel() for p in learning),
     )

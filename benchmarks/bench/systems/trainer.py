@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from job import Job, Meter, Result, load_model, main
+from job import Job, Meter, Result, collate, load_model, main, tokens_of
 
 
 def run(job: Job) -> Result:
@@ -33,8 +33,8 @@ def run(job: Job) -> Result:
         def __len__(self) -> int:
             return len(self.flat)
 
-        def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
-            return {"input_ids": rows[self.flat[at]], "labels": rows[self.flat[at]]}
+        def __getitem__(self, at: int) -> int:
+            return self.flat[at]
 
     class InOrder(Trainer):  # type: ignore[misc]
         """Takes the rows as they come, and keeps the losses."""
@@ -72,11 +72,18 @@ def run(job: Job) -> Result:
             remove_unused_columns=False,
             **job.settings,
         )
-        InOrder(model=model, args=arguments, train_dataset=Ordered(), callbacks=[Clock()]).train()
+        InOrder(
+            model=model,
+            args=arguments,
+            train_dataset=Ordered(),
+            data_collator=lambda indices: collate(rows, indices),
+            callbacks=[Clock()],
+        ).train()
     return Result(
         seconds=meter.seconds,
         losses=[x.item() for x in losses],
         peak_bytes=meter.peak_bytes(),
+        tokens=tokens_of(rows, order),
         cpu_seconds=meter.cpu_seconds,
         n_learning=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
