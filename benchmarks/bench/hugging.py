@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from job import Job, Meter, Result
+from job import Job, Meter, Result, tokens_of
 from transformers import Trainer, TrainerCallback
 
 
@@ -40,8 +40,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """A callback that is the clock. Inside `with` it keeps the loss of every step as well; the patch for that:
     `Trainer.training_step`, in which every peer here ends up, also hands on what it returns."""
 
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
+    def __init__(self, meter: Meter, job: Job) -> None:
+        import torch
+
+        rows = torch.load(job.tokens)
+        self.meter, self.tokens = meter, tokens_of(rows, job.order(len(rows)))
         self.losses: list[Any] = []
         self.n_learning = self.peak_bytes = 0
 
@@ -80,5 +83,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             peak_bytes=self.peak_bytes,
             cpu_seconds=self.meter.cpu_seconds,
             n_learning=self.n_learning,
+            tokens=self.tokens,
             notes=notes,
         )

@@ -104,7 +104,7 @@ def carry_out(
         measured=[*held_out, *(b for s in ready.sets for b in s.batches if isinstance(b, Batch))],
         say=say,
     )
-    meters = StepMeters(model, around=cache.bypassed)
+    meters = StepMeters(model, around=cache.bypassed, compiled=ready.compiled)
     checkpoints = Checkpoints(folder.checkpoints, run=run_name(folder))
     saver = Saver(checkpoints, recipe, saved=resumed.step if resumed else None)
     settings = loop_settings(ready, cache)

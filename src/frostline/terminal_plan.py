@@ -159,14 +159,12 @@ def print_checks(console: Console, checks: Sequence[StageCheck], *, has_experts:
     """The plan against a metered step of every stage, in one line, and one more for each that differs."""
     if not checks:
         return
-    low, high = (f(c.peak_ratio for c in checks) for f in (min, max))
-    peak = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} – {high:.2f}"
     n = sum(c.flops_agree for c in checks)
-    console.print(
-        f"plan against one metered step per stage: FLOPs equal in {n} of {len(checks)} stages, peak of tensor bytes "
-        f"{peak} × planned",
-        highlight=False,
-    )
+    said = f"plan against one metered step per stage: FLOPs equal in {n} of {len(checks)} stages"
+    if peaks := [f"{c.peak_ratio:.2f}" for c in checks if c.peak_ratio is not None]:
+        low, high = min(peaks), max(peaks)
+        said += f", peak of tensor bytes {low if low == high else f'{low} – {high}'} × planned"
+    console.print(said, highlight=False)
     for c in checks:
         if not c.flops_agree:
             planned, real = format_flops(c.planned_flops), format_flops(c.measured_flops)

@@ -21,6 +21,8 @@ import frostline
 from frostline.engine import StageCompiled, StepDone
 from frostline.engine import compiled as module
 from frostline.errors import CompileError, RecipeError
+from frostline.model import load_model
+from frostline.recipe import ScratchModel
 from frostline.run import RunResult
 
 SLOW = pytest.mark.slow
@@ -227,3 +229,34 @@ def test_balancing_losses_and_compilation_are_refused_together(tmp_path: Path) -
     stages = [{"learn": "all", "steps": 1, "lr": 1e-3, "moe": {"balance": 0.01}}]
     with pytest.raises(RecipeError, match="watches routers inside the blocks"):
         tiny.recipe(tmp_path, "mixtral", compile="blocks", stages=stages)
+
+
+def test_the_pass_that_proof_and_meter_make_keeps_no_more_than_the_inputs_of_blocks() -> None:
+    """Uncompiled and whole, it would take the memory that compiling saves."""
+    kept: dict[bool, int] = {}
+    forwards: dict[bool, list[Any]] = {}
+    for lean in (False, True):
+        model = load_model(ScratchModel(**tiny.config("llama")), seed=0)
+        blocks = list(model.model.layers)
+        with backend("aot_eager"):
+            made = module.Compiled(blocks, n_stages=1)
+        saved: list[int] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, into=saved: into.append(t.untyped_storage().nbytes()) or t, lambda t: t
+        )
+        with hooks, made.lean() if lean else module.as_it_is():
+            loss = model(input_ids=torch.arange(32)[None], labels=torch.arange(32)[None]).loss
+        loss.backward()
+        kept[lean] = sum(saved)
+        forwards[lean] = [p.grad for p in model.parameters()]
+        assert all(b.forward is not made._forwards[b] for b in blocks)  # compiled again afterwards
+    assert kept[True] < 0.5 * kept[False]
+    assert all(torch.equal(a, b) for a, b in zip(forwards[False], forwards[True], strict=True))
+
+
+def test_a_compiled_runs_plan_is_checked_by_its_flops(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, compile="blocks", stages=STAGES[:2])
+    with backend("aot_eager"):
+        result = frostline.train(recipe, out=tmp_path / "run")
+    assert [(c.flops_agree, c.measured_peak_bytes, c.peak_ratio) for c in result.checks] == [(True, None, None)] * 2
+    assert all(c.measured_flops > 0 for c in result.checks)

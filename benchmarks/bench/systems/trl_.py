@@ -30,7 +30,7 @@ def run(job: Job) -> Result:
     settings["padding_free"] = settings.get("padding_free", False) and not alike(rows)
     if "router_aux_loss_coef" in model.config.to_dict():
         settings["router_aux_loss_coef"] = 0.0
-    with tempfile.TemporaryDirectory() as folder, Watch(meter) as watch:
+    with tempfile.TemporaryDirectory() as folder, Watch(meter, job) as watch:
         arguments = SFTConfig(
             output_dir=folder,
             per_device_train_batch_size=job.batch,

@@ -4,7 +4,8 @@ Compiled is the forward pass of every block, as one graph each; blocks that are 
 on is checked before it is used: which tensors learn, the attributes of gradient routes, shapes. A stage needs other
 graphs than the one before it, so at its start one micro-batch is computed twice, as compiled and as it is, and both
 must leave gradients in the same places, of the same size: torch has used stale graphs before (pytorch 139476), and
-compiled blocks ignore hooks. Measurements (held-out losses, flow, the metered step) are never compiled.
+compiled blocks ignore hooks. The pass as it is keeps little (`lean`), so that it is not what memory has to suffice for.
+Measurements (held-out losses, flow, the metered step) are never compiled.
 Read `Compiled.prove` first.
 """
 
@@ -24,6 +25,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
 
 from frostline.engine.owned import Ownership
+from frostline.engine.recompute import is_recomputed, recomputed
 from frostline.engine.step import Countable, LossFunction, step
 from frostline.errors import CompileError
 
@@ -54,6 +56,7 @@ class Compiled:
         options: Options = (
             {"fallback_random": True} if BACKEND == "inductor" else None
         )  # dropout draws the numbers eager draws
+        self._forwards = {block: block.forward for block in blocks if not is_recomputed(block)}
         for block in blocks:
             block.forward = torch.compile(
                 block.forward, backend=BACKEND, fullgraph=True, dynamic=False, options=options
@@ -104,7 +107,7 @@ class Compiled:
             return value, norms
 
         self._silent = []
-        with as_it_is():
+        with self.lean():
             plain = computed()
         before, started = graphs(), time.perf_counter()
         compiled = computed()
@@ -119,6 +122,18 @@ class Compiled:
             loss_difference=abs(compiled[0] - plain[0]) / max(abs(plain[0]), 1e-30),
             gradient_difference=difference,
         )
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether `lean` recomputes what the run itself keeps."""
+        return bool(self._forwards)
+
+    @contextmanager
+    def lean(self) -> Iterator[None]:
+        """Inside, blocks run uncompiled and keep no more than their input: a pass that takes no more memory than a
+        compiled one, with the gradients of the model as it is."""
+        with as_it_is(), recomputed(self._forwards):
+            yield
 
     def drop_zeros(self) -> None:
         """Where the model itself gives no gradient, a compiled one may give zeros, by which weights would decay."""

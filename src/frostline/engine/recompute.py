@@ -7,8 +7,8 @@ whatever is frozen, and leaves out blocks in evaluation mode; here neither happe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,24 @@ def recompute_blocks(blocks: Sequence[nn.Module]) -> None:
     """
     for block in blocks:
         block.forward = partial(_checkpointed, block, block.forward)
+
+
+@contextmanager
+def recomputed(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, every block of `forwards` is its given forward pass and keeps no more than its input."""
+    before = {block: block.forward for block in forwards}
+    try:
+        for block, forward in forwards.items():
+            block.forward = partial(_checkpointed, block, forward)
+        yield
+    finally:
+        for block, forward in before.items():
+            block.forward = forward
+
+
+def is_recomputed(block: nn.Module) -> bool:
+    """Whether `recompute_blocks` was here."""
+    return isinstance(block.forward, partial) and block.forward.func is _checkpointed
 
 
 def recomputing() -> bool:

@@ -122,7 +122,7 @@ def _costs(plan: Page | None) -> list[Page]:
                 if equal
                 else format_flops(check["measured_flops"]),
                 "peak": format_bytes(step["peak_bytes"]),
-                "measured_peak": f"{check['peak_ratio']:.3f} × planned" if check else "–",
+                "measured_peak": f"{check['peak_ratio']:.3f} × planned" if check and check["peak_ratio"] else "–",
                 "state": format_bytes(step["gradient_bytes"] + step["state_bytes"] + step["copy_bytes"]),
                 "prefix": format_bytes(stage["prefix_bytes"]) if stage["prefix_bytes"] else "–",
             }

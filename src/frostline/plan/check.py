@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from frostline.engine.compiled import as_it_is
+from frostline.engine.compiled import Compiled
 from frostline.engine.stage_switch import Active
 from frostline.errors import PlanError
 from frostline.plan.meter import Meter
@@ -25,7 +25,8 @@ class StageCheck:
     planned_flops: int
     measured_flops: int
     planned_peak_bytes: int
-    measured_peak_bytes: int
+    measured_peak_bytes: int | None
+    """None where blocks are compiled: they keep other tensors than the plan counts."""
 
     @property
     def flops_agree(self) -> bool:
@@ -33,18 +34,25 @@ class StageCheck:
         return self.planned_flops == self.measured_flops
 
     @property
-    def peak_ratio(self) -> float:
+    def peak_ratio(self) -> float | None:
         """Measured over planned."""
-        return self.measured_peak_bytes / self.planned_peak_bytes
+        return None if self.measured_peak_bytes is None else self.measured_peak_bytes / self.planned_peak_bytes
 
 
 class StepMeters:
     """Meters one step of each stage; given to the training loop, which knows no plan."""
 
-    def __init__(self, model: nn.Module, *, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """`around`: what a metered step is computed in, such as a cache that stands aside."""
-        self.model, self.around = model, around
-        self.measured: dict[int, tuple[int, int]] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        compiled: Compiled | None = None,
+    ) -> None:
+        """`around`: what a metered step is computed in, such as a cache that stands aside; `compiled`: the model's
+        blocks, metered as they are."""
+        self.model, self.around, self.compiled = model, around, compiled
+        self.measured: dict[int, tuple[int, int | None]] = {}
         """Stage index → FLOPs and the peak of live tensor bytes."""
 
     @contextmanager
@@ -61,9 +69,13 @@ class StepMeters:
         meter = Meter(tensors, device="cuda" if on_cuda else "cpu")
         meter.adopt(_held(active))
         try:
-            with as_it_is(), self.around(), meter:
+            with self.compiled.lean() if self.compiled else nullcontext(), self.around(), meter:
                 yield
         except PlanError:  # an operation without a formula: the plan has failed on it already, the run need not
+            return
+        if self.compiled and self.compiled.is_lean:
+            again = sum(n for (_, kind), n in meter.flops.items() if kind == "recomputed")
+            self.measured[active.stage.index] = (meter.total_flops - again, None)
             return
         weights = sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in tensors.values()}.values())
         self.measured[active.stage.index] = (meter.total_flops, weights + meter.peak_bytes)
