@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
 from frostline import train
@@ -20,6 +20,7 @@ from frostline.cli import app
 from frostline.errors import ModelError, RunFolderError, StorageError
 from frostline.export import apply_deltas, export_delta, export_run, read_delta
 from frostline.recipe import Recipe, recipe_from_dict
+from frostline.tokenizer_files import tokenizer_from_files
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,44 @@ def test_a_delta_whose_values_changed_is_refused(base: Path, tmp_path: Path) -> 
     path.write_bytes(bytes(data))
     with pytest.raises(ModelError, match="not those that were written"):
         read_delta(path)
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+
+
+def trained_with(template: str, base: Path, folder: Path, learn: str) -> Path:
+    folder.mkdir()
+    (folder / "own.jinja").write_text(template)
+    recipe = on(base, folder, learn)
+    data = recipe.data.model_copy(update={"chat_template": str(folder / "own.jinja")})
+    return train(recipe.model_copy(update={"data": data}), out=folder / "run").folder
+
+
+def test_an_exported_model_and_an_applied_delta_have_the_chat_template_of_the_run(base: Path, tmp_path: Path) -> None:
+    run = trained_with(TEMPLATE, base, tmp_path / "own", "norm")
+    delta = export_delta(run, tmp_path / "delta.safetensors")
+    assert AutoTokenizer.from_pretrained(base).chat_template is None
+    for out in (export_run(run, tmp_path / "a"), apply_deltas(str(base), [delta], tmp_path / "b")):
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert tokenizer.chat_template == TEMPLATE
+        assert tokenizer("the river").input_ids == AutoTokenizer.from_pretrained(base)("the river").input_ids
+    plain = train(on(base, tmp_path / "own", "ffn"), out=tmp_path / "plain").folder
+    both = [export_delta(plain, tmp_path / "plain.safetensors"), delta]
+    assert not read_delta(both[0]).tokenizer  # it is the base's
+    assert AutoTokenizer.from_pretrained(apply_deltas(str(base), both, tmp_path / "c")).chat_template == TEMPLATE
+
+
+def test_deltas_that_came_with_different_chat_templates_are_not_applied_together(base: Path, tmp_path: Path) -> None:
+    runs = [trained_with(TEMPLATE + x, base, tmp_path / n, n) for x, n in (("", "norm"), ("end", "ffn"))]
+    deltas = [export_delta(r, tmp_path / f"{i}.safetensors") for i, r in enumerate(runs)]
+    with pytest.raises(ModelError, match=r"different tokenizers or chat templates \(chat_template.jinja differ\)"):
+        apply_deltas(str(base), deltas, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "C:outside", "a\\..\\b", "config.json"])
+def test_files_of_a_tokenizer_do_not_lead_out_of_their_folder(name: str) -> None:
+    with pytest.raises(ModelError, match="cannot be named"):
+        tokenizer_from_files({name: b"{}"}, config=LlamaConfig())
 
 
 def test_nothing_is_exported_into_the_run_folder_and_no_path_stands_in_the_card(base: Path, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ ROWS: dict[str, float] = {
     "moe": 4,
     "selection": 3,
     "model": 2.5,
+    "tokenizer_files": 2.6,
     "run_folder": 2.5,
     "checkpoints": 2.8,
     "environment": 2.5,

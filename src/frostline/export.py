@@ -1,7 +1,8 @@
 """What a run leaves to others: a standard model folder with a card, or a small file of what learned.
 
-A delta holds the values of every piece that learned, and the hashes of the base it belongs to; `apply_deltas` verifies
-the base and puts any number of them in, as long as no two hold the same element. Read `export_run` first.
+A delta holds the values of every piece that learned, the hashes of the base it belongs to, and the run's tokenizer
+where that is another than the base's (a chat template of its own, say); `apply_deltas` verifies the base and puts any
+number of them in, as long as no two hold the same element. Read `export_run` first.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from frostline.audit import audit
 from frostline.engine.record import named_tensors
 from frostline.errors import FrostlineError, ModelError, RunFolderError
 from frostline.model import Weights, load_model, load_tokenizer, save_model, untie
-from frostline.recipe import ScratchModel, dump_yaml, load_recipe
+from frostline.recipe import Recipe, ScratchModel, dump_yaml, load_recipe
 from frostline.run_folder import RunFolder, checkpoint_of, damaged_records, storage_errors, write_text
+from frostline.tokenizer_files import tokenizer_files, tokenizer_from_files
 from frostline.units import format_count
 
 
@@ -93,6 +95,7 @@ def export_delta(run: str | Path, out: str | Path) -> Path:
     moved = {name: p for name, p in learned.items() if first[name] != last[name]}
     weights = Weights(folder.model, names={p.tensor for p in moved.values()})
     tensors = {name: take(weights[p.tensor], p).contiguous().clone() for name, p in moved.items()}
+    tokenizer = {f"{_TOKENIZER}{name}": _as_tensor(content) for name, content in _own_tokenizer(folder, recipe).items()}
     head = {
         "schema": 1,
         "pieces": {name: slice_to_json(p) for name, p in moved.items()},
@@ -102,11 +105,27 @@ def export_delta(run: str | Path, out: str | Path) -> Path:
             if p.tensor not in boundaries[0].derived
         ],
         "untied": recipe.ties == "untie",
-        "sha256": {name: fingerprint(t) for name, t in tensors.items()},
+        "sha256": {name: fingerprint(t) for name, t in (tensors | tokenizer).items()},
     }
     with _whole(target) as temporary:
-        save_file(tensors, temporary, metadata={"frostline_delta": json.dumps(head)})
+        save_file(tensors | tokenizer, temporary, metadata={"frostline_delta": json.dumps(head)})
     return target
+
+
+_TOKENIZER = "tokenizer/"
+"""What the names of a tokenizer's files begin with in a delta; no piece of a model is called so."""
+
+
+def _own_tokenizer(folder: RunFolder, recipe: Recipe) -> dict[str, bytes]:
+    """The files of the run's tokenizer; none where it is the base's, as it came."""
+    if isinstance(recipe.model, str) and recipe.tokenizer is None and recipe.data.chat_template is None:
+        return {}
+    tokenizer = _tokenizer_of(str(folder.model))
+    return {} if tokenizer is None else tokenizer_files(tokenizer)
+
+
+def _as_tensor(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +137,8 @@ class Delta:
     base: dict[Slice, str]
     """Piece → its hash in the model that the delta belongs to."""
     untied: bool
+    tokenizer: dict[str, bytes]
+    """The files of the run's tokenizer, where it is not the base's."""
 
 
 def read_delta(path: str | Path) -> Delta:
@@ -129,9 +150,11 @@ def read_delta(path: str | Path) -> Delta:
                 raise ValueError("it holds plain weights; a delta is what `frostline export RUN FILE --delta` writes")
             head = json.loads(metadata["frostline_delta"])
             values = {slice_from_json(p): file.get_tensor(name) for name, p in head["pieces"].items()}
+            files = {n: file.get_tensor(n) for n in file.keys() if n.startswith(_TOKENIZER)}  # noqa: SIM118
         if head["schema"] != 1 or any(tuple(t.shape) != p.shape for p, t in values.items()):
             raise ValueError("its pieces do not have the shapes it says")
-        if any(fingerprint(values[slice_from_json(p)]) != head["sha256"][n] for n, p in head["pieces"].items()):
+        read = {n: values[slice_from_json(p)] for n, p in head["pieces"].items()} | files
+        if any(fingerprint(t) != head["sha256"][n] for n, t in read.items()):
             raise ValueError("its values are not those that were written")
         if not head["base"]:
             raise ValueError("it does not say what base it belongs to")
@@ -140,15 +163,17 @@ def read_delta(path: str | Path) -> Delta:
             values=values,
             base={slice_from_json(row): row["sha256"] for row in head["base"]},
             untied=bool(head["untied"]),
+            tokenizer={n.removeprefix(_TOKENIZER): bytes(t.numpy()) for n, t in files.items()},
         )
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is no readable delta of a run: {error}") from None
 
 
 def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """Put deltas into the base they belong to, and save the model folder `out`.
+    """Put deltas into the base they belong to, and save the model folder `out`, with the tokenizer of their runs.
 
-    Raises `ModelError` when the base is another one, when two deltas hold the same element, or one is damaged.
+    Raises `ModelError` when the base is another one, when two deltas hold the same element or came with different
+    tokenizers, or one is damaged.
     """
     target, base = _new_folder(out), checkpoint_of(base)
     twice = {str(d) for d in deltas if [*map(str, deltas)].count(str(d)) > 1}
@@ -156,6 +181,7 @@ def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, tr
         raise ModelError(f"{sorted(twice)[0]} is given twice")
     read = [read_delta(d) for d in deltas]
     _check_apart(read)
+    carried = _tokenizer_of_all(read)
     # a run with bf16 weights has rounded its whole base, so the hashes in its delta are of the rounded one
     in_bf16 = any(v.dtype == torch.bfloat16 for d in read for v in d.values.values())
     dtype = torch.bfloat16 if in_bf16 else torch.float32
@@ -172,8 +198,12 @@ def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, tr
         for delta in read:
             for piece, values in delta.values.items():
                 put(tensors[piece.tensor], piece, values)
+    if carried:
+        tokenizer = tokenizer_from_files(carried, config=model.config, trust_remote_code=trust_remote_code)
+    else:
+        tokenizer = _tokenizer_of(base)
     with _whole(target) as temporary:
-        save_model(model, _tokenizer_of(base), temporary)
+        save_model(model, tokenizer, temporary)
     return target
 
 
@@ -186,6 +216,19 @@ def _check_apart(deltas: Sequence[Delta]) -> None:
                         raise ModelError(
                             f"{first.path} and {second.path} both hold elements of {a.tensor}: apply one of them"
                         )
+
+
+def _tokenizer_of_all(deltas: Sequence[Delta]) -> dict[str, bytes]:
+    """The files of the tokenizer that deltas came with, if any did. Raises `ModelError` where they differ."""
+    own = [d for d in deltas if d.tokenizer]
+    other = next((d for d in own if d.tokenizer != own[0].tokenizer), None)
+    if other is not None:
+        differ = [n for n in own[0].tokenizer | other.tokenizer if own[0].tokenizer.get(n) != other.tokenizer.get(n)]
+        raise ModelError(
+            f"{own[0].path} and {other.path} were trained with different tokenizers or chat templates "
+            f"({', '.join(sorted(differ))} differ): apply one of them"
+        )
+    return own[0].tokenizer if own else {}
 
 
 def _check_base(model: nn.Module, base: str, delta: Delta) -> None:
