@@ -25,18 +25,20 @@ def experts_on(
     length: int = 256,
     rows: int = 8,
     n_tokens: int = 131_072,
+    settings: DataSpec | None = None,
     trust_remote_code: bool = False,
 ) -> Usage:
     """Where the routers of `model` (folder, hub name or run folder) send the first `n_tokens` tokens of text files.
 
-    `length`: tokens per row; `rows`: rows per forward pass. Raises `ModelError` for a model without experts and
+    `length`: tokens per row; `rows`: rows per forward pass. `settings`: how the files are read (format, columns, chat
+    template); what it trains on and in what rows does not matter. Raises `ModelError` for a model without experts and
     `DataError` for text that cannot be read or is shorter than a row.
     """
     source, files = checkpoint_of(model), list(data)
     loaded = load_model(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     n_vocabulary = loaded.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    examples = read_examples(DataSpec(train=("any",)), files, tokenizer, n_vocabulary=n_vocabulary)
+    examples = read_examples(settings or DataSpec(train=("any",)), files, tokenizer, n_vocabulary=n_vocabulary)
     ids = list(islice(chain.from_iterable(e.ids for e in examples), max(n_tokens, length) + 1))
     text = Rows(torch.tensor(ids, dtype=torch.int32), length)
     n = min(len(text), max(n_tokens // length, 1))
@@ -68,6 +70,7 @@ def plain_in(
     *expressions: str | None,
     data: Iterable[str | Path] | None = None,
     length: int = 256,
+    settings: DataSpec | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, str]:
     """Selections as plain ones: experts ranked by what `model` uses on the text files `data`, ESFT's files read.
@@ -81,5 +84,6 @@ def plain_in(
         raise ModelError("--data measures which experts a text uses, but nothing is ranked: experts[top 4 by tokens]")
     scores = None
     if data is not None:
-        scores = scores_of(experts_on(model, data, length=length, trust_remote_code=trust_remote_code))
+        usage = experts_on(model, data, length=length, settings=settings, trust_remote_code=trust_remote_code)
+        scores = scores_of(usage)
     return {e: plain(anatomy, e, scores=scores, files=files) for e in given}

@@ -64,6 +64,48 @@ def test_experts_prints_a_selection_that_can_be_trained_and_writes_it_for_esft(p
     assert shares == [2 * data["n_tokens"]] * 3
 
 
+@pytest.fixture(scope="module")
+def chat(place):
+    """Conversations, a chat template, and what it makes of them as a text."""
+    (place / "chat.jinja").write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}")
+    turns = [{"role": "user", "content": "Where is the cold river?"}, {"role": "assistant", "content": "North of it."}]
+    (place / "chat.jsonl").write_text((json.dumps({"talk": turns}) + "\n") * 8)
+    return place / "chat.jsonl", ("--set", "data.columns={messages: talk}"), f"data.chat_template={place}/chat.jinja"
+
+
+@pytest.mark.parametrize("command", [("experts",), ("select", "experts[top 1 by tokens]")])
+def test_conversations_are_measured_with_the_data_settings_of_a_recipe(place, chat, command):
+    file, columns, template = chat
+    name, *expression = command
+    words = (name, place / "moe", *expression, "--data", file, *columns, "--length", 8, "--json")
+    found = run(*words, "--set", template)
+    assert found.exit_code == 0, found.output
+    refused = run(*words)
+    assert (refused.exit_code, "chat template" in refused.output) == (2, True)
+
+
+def test_the_tokens_that_are_measured_are_those_of_the_chat_template(place, chat):
+    file, columns, template = chat
+    count = lambda *more: json.loads(run("experts", place / "moe", *more, "--length", 2, "--json").stdout)["n_tokens"]  # noqa: E731
+    (place / "as-text.txt").write_text("user: Where is the cold river?\nassistant: North of it.\n" * 8)
+    as_text = count("--data", place / "as-text.txt")
+    assert abs(count("--data", file, *columns, "--set", template) - as_text) <= 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data", "x.txt", "--set", "data.length=4"), "data.length does not change which tokens a file has"),
+        (("--data", "x.txt", "--set", "model=y"), "only keys of `data` can be set"),
+        (("--set", "data.format=text"), "give --data too"),
+        (("--data", "x.txt", "--set", "data.loss_onn=all"), "loss_on"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(place, words, said):
+    found = run("experts", place / "moe", *words)
+    assert (found.exit_code, said in found.output) == (2, True), found.output
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from frostline.errors import FrostlineError
+from frostline.errors import DataError, FrostlineError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from frostline.anatomy import Anatomy
+    from frostline.recipe import DataSpec
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,6 +36,10 @@ Model = Annotated[str, typer.Argument(help="A model folder, hub name, config.jso
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Off unless typed.")
+]
+Reading = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="With --data, how it is read: data.chat_template=FILE.", metavar="KEY=VALUE"),
 ]
 INTERRUPTED_TWICE = 130
 INTERRUPTED = 75
@@ -90,6 +97,32 @@ def anatomy_of(model: str, trust_remote_code: bool) -> Anatomy:
     from frostline.run_folder import checkpoint_of
 
     return read_anatomy(load_skeleton(checkpoint_of(model), trust_remote_code=trust_remote_code))
+
+
+def data_settings(file: str, overrides: list[str]) -> DataSpec:
+    """The section `data` of a recipe that only has this file, with `--set data.KEY=VALUE`."""
+    from frostline.recipe.load import data_of_file
+
+    wrong = [o for o in overrides if not o.startswith("data.")]
+    if wrong:
+        raise DataError(f"--set {wrong[0]}: of a file, only keys of `data` can be set")
+    return data_of_file(file, overrides=overrides)
+
+
+def reading_settings(files: list[Path] | None, overrides: list[str] | None) -> DataSpec | None:
+    """How files that are measured are read; None without `--set`. Keys of a recipe that only say in what rows it trains
+    are refused: here they would do nothing."""
+    from frostline.data.token_files import NOT_FOR_TOKENS
+
+    if not overrides:
+        return None
+    if not files:
+        raise DataError(f"--set {overrides[0]} says how files are read: give --data too")
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if key.removeprefix("data.") in NOT_FOR_TOKENS:
+            raise DataError(f"--set {text}: {key} does not change which tokens a file has, and here only these count")
+    return data_settings(str(files[0]), overrides)
 
 
 class _Lines(Console):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from frostline.cli.app import AsJson, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.cli.app import AsJson, RemoteCode, app, data_settings, errors_for_people, make_console, print_json
 from frostline.errors import DataError, RecipeError
 
 
@@ -67,11 +67,7 @@ def _data_spec() -> Any:
 def _target(target: str, overrides: list[str]) -> Any:
     """A recipe for a YAML file, and the data section of one that only has this file for anything else."""
     from frostline.recipe import load_recipe
-    from frostline.recipe.load import data_of_file
 
     if Path(target).suffix.lower() in (".yaml", ".yml"):
         return load_recipe(target, overrides=overrides)
-    wrong = [o for o in overrides if not o.startswith("data.")]
-    if wrong:
-        raise DataError(f"--set {wrong[0]}: of a file, only keys of `data` can be set")
-    return data_of_file(target, overrides=overrides)
+    return data_settings(target, overrides)

@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from frostline.cli.app import AsJson, Model, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.cli.app import (
+    AsJson,
+    Model,
+    Reading,
+    RemoteCode,
+    app,
+    errors_for_people,
+    make_console,
+    print_json,
+    reading_settings,
+)
 from frostline.errors import ModelError
 
 
@@ -61,9 +71,10 @@ def experts_used(
         list[Path] | None,
         typer.Option(
             "--data",
-            help="Text: .txt, .md, .jsonl or a folder; may be repeated. Left out: the load in a run's training.",
+            help="Files or folders, as `data.train` takes them; may be repeated. Left out: a run's load in training.",
         ),
     ] = None,
+    overrides: Reading = None,
     length: Annotated[int, typer.Option(help="Tokens per row.", min=1)] = 256,
     tokens: Annotated[int, typer.Option(help="Tokens to count at most.", min=1)] = 131_072,
     top: Annotated[int | None, typer.Option(help="Choose so many experts of each layer.", metavar="N")] = None,
@@ -89,6 +100,7 @@ def experts_used(
         raise ModelError("--top and --cover are two ways to choose: give one of them")
     if esft is not None and top is None and cover is None:
         raise ModelError("--esft writes what was chosen: give --top or --cover too")
+    settings = reading_settings(data, overrides)
     if not data:
         if top is not None or cover is not None:
             raise ModelError("--top and --cover choose by what a text uses: give --data")
@@ -98,7 +110,9 @@ def experts_used(
         else:
             print_histories(make_console(), found)
         return
-    usage = experts_on(model, data, length=length, n_tokens=tokens, trust_remote_code=trust_remote_code)
+    usage = experts_on(
+        model, data, length=length, n_tokens=tokens, settings=settings, trust_remote_code=trust_remote_code
+    )
     chosen = None
     if top is not None or cover is not None:
         chosen = top_n(usage, top, by) if top is not None else cover_share(usage, cover or 0.0, by)

@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from frostline.cli.app import AsJson, Model, RemoteCode, anatomy_of, app, errors_for_people, make_console, print_json
+from frostline.cli.app import (
+    AsJson,
+    Model,
+    Reading,
+    RemoteCode,
+    anatomy_of,
+    app,
+    errors_for_people,
+    make_console,
+    print_json,
+    reading_settings,
+)
 
 
 @app.command(rich_help_panel="Models")
@@ -50,8 +61,9 @@ def select(
         str | None, typer.Option(metavar="EXPRESSION", help="A second expression: show where the two differ.")
     ] = None,
     texts: Annotated[
-        list[Path] | None, typer.Option("--data", help="Text by whose use experts are ranked; may be repeated.")
+        list[Path] | None, typer.Option("--data", help="Files by whose use experts are ranked; may be repeated.")
     ] = None,
+    overrides: Reading = None,
     length: Annotated[int, typer.Option(help="With --data: tokens per row.", min=1)] = 256,
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
@@ -66,9 +78,11 @@ def select(
 
     anatomy = anatomy_of(model, trust_remote_code)
     ties: Literal["together", "error"] = "together" if together else "error"
+    settings = reading_settings(texts, overrides)
     known = plain_in(
-        model, anatomy, expression, against, data=texts, length=length, trust_remote_code=trust_remote_code
-    )
+        model, anatomy, expression, against, data=texts, length=length, settings=settings,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     first = select_in(anatomy, known[expression], ties=ties)
     second = select_in(anatomy, known[against], ties=ties) if against is not None else None
     if as_json:
