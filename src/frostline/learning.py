@@ -167,7 +167,7 @@ class Learning:
         stage = self._schedule.stages[index]
         active = switch(self._parameters, self.anatomy, stage, memory={}, leaving=leaving)
         reshard(self.model)
-        self._frozen = frozen_modules(self.model) if stage.spec.frozen_dropout == "off" else []
+        self._frozen = frozen_modules(self.model, stage) if stage.spec.frozen_dropout == "off" else []
         self._recorder.entry(stage)
         return active
 

@@ -1,6 +1,6 @@
 """What makes a run cost less and changes nothing of it: chosen by the recipe or by the plan, and said.
 
-Read `recompute_for` and `prefix_cache_of`.
+Read `recompute_for`, `prefix_cache_of`, and `prefix_outlook`, which says beforehand what will become of it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy
-from frostline.data import Batch, files_to_hash, rows_at
+from frostline.data import Batch, Layout, files_to_hash, rows_at
 from frostline.engine import Chose, Observer, PrefixCache, PrefixSettings
+from frostline.engine.prefix import NoPrefixError, depth_of
 from frostline.environment import describe_environment
 from frostline.errors import ModelError
 from frostline.plan import Plan, why_not_worth
@@ -98,6 +100,49 @@ def determinism(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = tuned
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """Whether a stage's frozen prefix will be kept, as far as that is known before the run tries it."""
+
+    stage: str
+    kept: bool
+    why: str
+    n_bytes: int
+    """Of all training rows; 0 where nothing is below what learns."""
+
+
+def prefix_outlook(recipe: Recipe, plan: Plan, schedule: Schedule, layout: Layout) -> tuple[Outlook, ...]:
+    """What will become of `cache.prefix` in every stage."""
+    return tuple(_outlook(recipe, plan, schedule, stage, layout) for stage in schedule.stages)
+
+
+def _outlook(recipe: Recipe, plan: Plan, schedule: Schedule, stage: Stage, layout: Layout) -> Outlook:
+    n_bytes, limit = plan.stages[stage.index].prefix_bytes, recipe.cache.limit_bytes
+
+    def found(why: str, *, kept: bool = False) -> Outlook:
+        return Outlook(stage=stage.name, kept=kept, why=why, n_bytes=n_bytes)
+
+    if recipe.cache.prefix == "off":
+        return found("asked for")
+    try:
+        depth_of(stage.selection.anatomy, stage)
+    except NoPrefixError as error:
+        return found(str(error))
+    why = None if recipe.cache.prefix == "on" else worth(recipe, plan, schedule, stage)
+    if why is not None:
+        return found(why)
+    if layout not in ("stream", "packed"):
+        return found("rows of this data have no fixed length")
+    if n_bytes > limit:
+        return found(f"it would hold {n_bytes:,} bytes and the limit is {limit:,}")
+    return found("asked for" if recipe.cache.prefix == "on" else "it pays", kept=True)
+
+
+def worth(recipe: Recipe, plan: Plan | None, schedule: Schedule, stage: Stage) -> str | None:
+    """Why a stage's cache does not pay; None where it does."""
+    return COMPILED if recipe.compile != "off" else why_not_worth(plan, schedule, stage)
+
+
 def prefix_cache_of(
     recipe: Recipe,
     model: nn.Module,
@@ -134,7 +179,7 @@ def prefix_cache_of(
         rows_of=lambda step: rows_at(step, seed=recipe.seed, n_rows=n_rows, batch=recipe.data.batch),
         bf16=recipe.precision == "bf16-mixed",
         depends_on=depends_on,
-        worth=lambda stage: COMPILED if recipe.compile != "off" else why_not_worth(plan, schedule, stage),
+        worth=lambda stage: worth(recipe, plan, schedule, stage),
         say=lambda _stage, value, why: say("cache.prefix", value, why),
     )
     return PrefixCache(model, anatomy, settings)

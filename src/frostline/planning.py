@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 
 from frostline.anatomy import Anatomy, find_blocks, read_anatomy
+from frostline.data import Layout
 from frostline.engine import choose_loss
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError, SelectionError
 from frostline.feed import fit_attention
-from frostline.levers import memory_of
+from frostline.levers import Outlook, memory_of, prefix_outlook
 from frostline.model import Source, load_random, load_skeleton, untie
 from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, points_for, time_stage
 from frostline.prepared import batching_of, choose_device, prepare
@@ -96,6 +97,8 @@ class Planned:
     alternatives: tuple[Alternative, ...]
     settings: tuple[Setting, ...]
     duration: Duration | None
+    prefixes: tuple[Outlook, ...] = ()
+    """What will become of every stage's frozen prefix; empty without data."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -116,6 +119,7 @@ class Planned:
                 for s in self.settings
             ],
             "duration": plain(asdict(self.duration)) if self.duration else None,
+            "prefix": [asdict(o) for o in self.prefixes],
         }
 
 
@@ -128,6 +132,9 @@ class Subject:
     batching: Batching
     untied: bool
     trust_remote_code: bool
+    recipe: Recipe | None = None
+    """What it was made of; None for a bare model."""
+    layout: Layout = "stream"
 
     @property
     def anatomy(self) -> Anatomy:
@@ -216,7 +223,14 @@ def subject_of(recipe: Recipe, trust_remote_code: bool) -> Subject:
         batching=batching_of(prepared, choose_device(recipe)),
         untied=recipe.ties == "untie",
         trust_remote_code=trust_remote_code,
+        recipe=recipe,
+        layout=prepared.feed.layout,
     )
+
+
+def outlook_of(subject: Subject, plan: Plan) -> tuple[Outlook, ...]:
+    """What will become of every stage's frozen prefix; nothing is known of a bare model's."""
+    return prefix_outlook(subject.recipe, plan, subject.schedule, subject.layout) if subject.recipe else ()
 
 
 def _answered(subject: Subject, asked: Asked) -> Planned:
@@ -229,6 +243,7 @@ def _answered(subject: Subject, asked: Asked) -> Planned:
         alternatives=tuple(_alternatives(subject, stage)) if asked.compared else (),
         settings=tuple(_settings(subject, stage)) if asked.compared else (),
         duration=_duration(subject, plan, asked),
+        prefixes=outlook_of(subject, plan),
     )
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from frostline.folding import folded
+from frostline.levers import Outlook
 from frostline.plan import Plan, StageCheck, StageCost, StagePlan
 from frostline.planning import Alternative, Duration, Fit, Planned, Setting
 from frostline.units import format_bytes, format_count, format_duration, format_flops
@@ -45,9 +46,10 @@ def print_plan(console: Console, planned: Planned) -> None:
     )
     if len(plan.stages) > 1:
         console.print(_switch_line(plan), highlight=False)
+    outlooks: dict[str, Outlook] = {o.stage: o for o in planned.prefixes}
     for s in plan.stages if len(plan.stages) <= FEW else ():
         if s.cost.prefix_flops:
-            console.print(_prefix_line(s), highlight=False)
+            console.print(_prefix_line(s, outlooks.get(s.name)), highlight=False)
     for s in plan.stages:
         for part in folded(s.cost.unreached):
             console.print(f"stage {s.name}: {part} is to learn, and no gradient reaches it", highlight=False)
@@ -94,13 +96,21 @@ def _switch_line(plan: Plan) -> str:
     )
 
 
-def _prefix_line(stage: StagePlan) -> str:
+def _prefix_line(stage: StagePlan, outlook: Outlook | None) -> str:
     share = stage.cost.prefix_flops / stage.cost.total_flops
     held = f"for all rows {format_bytes(stage.prefix_bytes)}" if stage.prefix_bytes else "the data is not known"
     return (
         f"stage {stage.name}: {100 * share:.0f} % of a step lies below {stage.cost.frontier} and repeats every epoch; "
         f"to keep its result takes {format_bytes(stage.cost.prefix_bytes_per_token)} per token, {held}"
+        + (f"; {says_outlook(outlook)}" if outlook else "")
     )
+
+
+def says_outlook(outlook: Outlook) -> str:
+    """Whether a prefix will be kept."""
+    if not outlook.kept:
+        return f"it will not be kept: {outlook.why}"
+    return f"it will be kept ({outlook.why}), if the trial at the stage's start finds it exact"
 
 
 def _duration_line(duration: Duration) -> str:
@@ -189,6 +199,13 @@ def print_why(console: Console, found: Sequence[Why]) -> None:
                 f"  against `all`: {100 * saved.flops:.1f} % of the arithmetic saved, {format_bytes(saved.peak_bytes)} "
                 f"of the peak; {saved.bytes_per_frozen_parameter:.1f} bytes of gradient and optimizer state per frozen "
                 "parameter",
+                highlight=False,
+            )
+        if w.cost.prefix_flops and w.prefix:
+            held = f", which takes {format_bytes(w.prefix.n_bytes)}" if w.prefix.n_bytes else ""
+            share = w.cost.prefix_flops / w.cost.total_flops
+            console.print(
+                f"  what lies below {w.cost.frontier} ({100 * share:.0f} % of a step{held}): {says_outlook(w.prefix)}",
                 highlight=False,
             )
         for no_op in w.no_ops:

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from frostline.anatomy import Anatomy, Component, read_anatomy, take, tiny_config
 from frostline.errors import FrostlineError, PlanError, SelectionError
 from frostline.folding import folded
-from frostline.levers import memory_of
+from frostline.levers import Outlook, memory_of
 from frostline.model import Source, Weights, load_config, quiet_transformers
 from frostline.plan import StageCost
-from frostline.planning import Subject, subject_of
+from frostline.planning import Subject, outlook_of, subject_of
 from frostline.recipe import load_recipe
 from frostline.schedule import Stage
 
@@ -69,6 +69,8 @@ class Why:
     """What could be left out, the largest saving of FLOPs first."""
     no_ops: tuple[str, ...]
     """What is to learn and cannot, with the reason."""
+    prefix: Outlook | None = None
+    """What will become of its frozen prefix."""
 
 
 def why_recipe(path: Path, *, overrides: Iterable[str] = (), trust_remote_code: bool = False) -> tuple[Why, ...]:
@@ -83,8 +85,9 @@ def why_recipe(path: Path, *, overrides: Iterable[str] = (), trust_remote_code: 
             against_all=_saving(subject, stage, planned.cost),
             reasons=tuple(_reasons(subject, stage, planned.cost)),
             no_ops=tuple(_no_ops(subject, stage, planned.cost)),
+            prefix=prefix,
         )
-        for stage, planned in zip(subject.schedule.stages, plan.stages, strict=True)
+        for stage, planned, prefix in zip(subject.schedule.stages, plan.stages, outlook_of(subject, plan), strict=True)
     )
 
 

@@ -10,10 +10,11 @@ import all_types
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from frostline.anatomy import Anatomy, prove, prove_model, read_anatomy
+from frostline.anatomy import Anatomy, embedding_dropout, find_blocks, prove, prove_model, read_anatomy
 from frostline.errors import AnatomyError
 from frostline.selection import GROUPS, select
 
@@ -58,6 +59,31 @@ def test_names_agree_with_what_a_tiny_model_does(model_type: str) -> None:
     assert not proof.disagreements
     kinds = {b.split("[")[0] for block in proof.blocks for b in block.mixes_tokens}
     assert kinds & {"attn", "linear_attn", "ssm", "conv"}, "no branch that mixes tokens was measured"
+
+
+WITH_DROPOUT = ("codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "openai-gpt", "phi")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [t if t in WITH_DROPOUT else pytest.param(t, marks=pytest.mark.slow) for t in all_types.DECODERS],
+)
+def test_dropout_beside_the_blocks_is_the_embeddings(model_type: str) -> None:
+    """Each is called before the first block; dropout elsewhere is in a block, or in a part with parameters."""
+    model = all_types.small_model(model_type)
+    found, calls = embedding_dropout(model), []
+    blocks = [b for _, b in find_blocks(model)]
+    parts = [
+        m for m in model.modules() if any(True for _ in m.parameters()) and not any(b in m.modules() for b in blocks)
+    ]
+    inside = {m for part in [*parts, *blocks] for m in part.modules()}
+    assert set(found) == {m for m in model.modules() if isinstance(m, _DropoutNd)} - inside
+    assert bool(found) == (model_type in (*WITH_DROPOUT, "gpt-sw3"))
+    for m in found:
+        m.register_forward_hook(lambda *_: calls.append("dropout"))
+    blocks[0].register_forward_hook(lambda *_: calls.append("block"))
+    model(input_ids=torch.randint(3, 60, (2, 8)))
+    assert calls == ["dropout"] * len(found) + ["block"]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "falcon", "bloom", "opt", "gemma2", "deepseek_v3"])

@@ -32,8 +32,11 @@ LAST = "layers[-1]"
 MORE: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4, "tie_word_embeddings": False},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "tie_word_embeddings": False},
-}
-"""Architectures whose blocks pack their stream into a tuple."""
+    "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "tie_word_embeddings": False},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4, "tie_word_embeddings": False},
+}  # fmt: skip
+"""Architectures whose blocks pack their stream into a tuple, and some with dropout."""
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +54,6 @@ def recipe(
     if architecture in MORE:
         data["model"] = {"architecture": architecture, "vocab_size": tiny.VOCABULARY, **MORE[architecture]}
     data["data"] |= {"held_out": 0.8}
-    if architecture == "gpt2":  # the dropout after its embedding has no parameters that could be frozen
-        data["model"] = {**data["model"], "embd_pdrop": 0.0}
     data["cache"] = {"prefix": cache, "dir": str(folder / "cache"), "limit": cache_limit}
     return recipe_from_dict(data | changes)
 
@@ -99,7 +100,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-FAMILIES = ["llama", "gemma", "olmo2", "qwen3", "gpt_neox", "gpt2", "bloom", "falcon"]
+FAMILIES = ["llama", "gemma", "olmo2", "qwen3", "gpt_neox", "gpt2", "bloom", "falcon", "opt"]
+"""GPT-2 and OPT have dropout by default: of the embedding, and in every block."""
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -198,6 +200,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "what experts compute for a row": ("mixtral", {}),
     "depends on chance": ("llama", {"model": tiny.config("llama", attention_dropout=0.3),
                                     "stage": {"frozen_dropout": "on"}}),
+    "with `frozen_dropout: off` in the stage": ("gpt2", {"stage": {"frozen_dropout": "on"}}),
+    "with `dropout` and `attention_dropout` of the model's configuration at 0": ("xglm", {}),
 }  # fmt: skip
 
 

@@ -671,6 +671,19 @@ def test_dropout_is_off_in_what_is_frozen_and_on_in_what_learns(learn: str, watc
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize(
+    ("learn", "policy", "on"),
+    [("layers[1:]", "off", False), ("ffn", "off", False), ("layers[1:]", "on", True), ("embed", "off", True)],
+)
+def test_the_embeddings_dropout_is_off_where_nothing_of_the_embedding_learns(learn: str, policy: str, on: bool) -> None:
+    model, anatomy = tiny.model("gpt2", embd_pdrop=0.5), tiny.anatomy("gpt2")
+    spec = StageSpec.model_validate({"learn": learn, "steps": 1, "lr": 1e-3, "frozen_dropout": policy})
+    stage = Schedule.of([("s", spec, select(anatomy, learn, ties="together"))]).stages[0]
+    switch(dict(model.named_parameters(remove_duplicate=False)), anatomy, stage, memory={}, leaving=None)
+    set_modes(model, stage)
+    assert model.transformer.drop.training == on
+
+
 def test_dropout_comes_back_in_what_thaws_and_after_a_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from frostline.anatomy.component import (
 )
 from frostline.anatomy.modules import module_of
 from frostline.anatomy.prove import BlockProof, Proof, part_modules, prove, prove_model, tiny_model
-from frostline.anatomy.read import anatomy_of_parts, find_blocks, list_tensors, read_anatomy
+from frostline.anatomy.read import anatomy_of_parts, embedding_dropout, find_blocks, list_tensors, read_anatomy
 from frostline.anatomy.shrink import tiny_config
 from frostline.anatomy.slice_proof import SliceProof, prove_slices
 from frostline.anatomy.slices import (
@@ -46,6 +46,7 @@ __all__ = [
     "anatomy_of_parts",
     "anatomy_to_json",
     "check_partition",
+    "embedding_dropout",
     "find_blocks",
     "fingerprint",
     "intersect",

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -119,6 +120,29 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         raise AnatomyError(f"{type(model).__name__} has no list of blocks")
     largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
     return [(name_of[id(b)], b) for b in largest]
+
+
+def embedding_dropout(model: nn.Module) -> list[nn.Module]:
+    """Dropout on what the embedding gives: the modules for it that stand beside the blocks and not in one.
+
+    In every decoder-only type of transformers, dropout outside a block and outside of what has parameters is called
+    before the first block (`tests/anatomy/test_all_types.py`). Empty for a model without blocks.
+    """
+    if getattr(model, "get_decoder", None) is None:
+        return []
+    try:
+        names = [name for name, _ in find_blocks(model)]
+    except AnatomyError:
+        return []
+    above = {prefix for name in names for prefix in _prefixes(name)}
+    holders = [model.get_submodule(prefix) for prefix in sorted(above)]
+    return [child for holder in holders for child in holder.children() if isinstance(child, _DropoutNd)]
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """`a.b.c` → ``, `a`, `a.b`."""
+    parts = name.split(".")
+    return (".".join(parts[:n]) for n in range(len(parts)))
 
 
 def _apart_from_adapters(name: str, slices: tuple[Slice, ...]) -> Iterator[Named]:

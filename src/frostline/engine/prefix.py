@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, find_blocks
+from frostline.anatomy import Anatomy, Component, find_blocks
 from frostline.schedule import Stage
 
 AFTER = ("final_norm", "head")
@@ -24,6 +24,10 @@ AFTER = ("final_norm", "head")
 
 class NoPrefixError(Exception):
     """Why the activations below what learns are not kept."""
+
+
+class ChanceError(NoPrefixError):
+    """They depend on chance."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,11 +102,13 @@ class _Reached(Exception):  # noqa: N818 (no error: a pass has come to where it 
 
 def split_of(model: nn.Module, anatomy: Anatomy, stage: Stage) -> Split:
     """Where a stage's frozen prefix ends. Raises `NoPrefixError` with the reason where there is none to be kept."""
-    learning = {anatomy.storage_name(s.tensor) for s in stage.selection.slices}
+    return Split(blocks=tuple(block for _, block in find_blocks(model)), at=depth_of(anatomy, stage))
+
+
+def depth_of(anatomy: Anatomy, stage: Stage) -> int:
+    """How many blocks lie below everything that learns in a stage. Raises `NoPrefixError` where none can be kept."""
     lowest = anatomy.n_layers
-    for c in anatomy.components:
-        if not any(anatomy.storage_name(s.tensor) in learning for s in c.slices):
-            continue
+    for c in _learning(anatomy, stage):
         first, layer = c.path[0]
         if first != "layers" and first not in AFTER:
             raise NoPrefixError(f"{c.name} learns, which lies below every block")
@@ -110,7 +116,18 @@ def split_of(model: nn.Module, anatomy: Anatomy, stage: Stage) -> Split:
     if lowest == 0:
         raise NoPrefixError("the first block learns")
     _check_stage(anatomy, stage, lowest)
-    return Split(blocks=tuple(block for _, block in find_blocks(model)), at=lowest)
+    return lowest
+
+
+def learns_before_blocks(stage: Stage) -> bool:
+    """Whether something of the embedding, or else before the first block, learns in a stage."""
+    return any(c.path[0][0] not in ("layers", *AFTER) for c in _learning(stage.selection.anatomy, stage))
+
+
+def _learning(anatomy: Anatomy, stage: Stage) -> Iterator[Component]:
+    """Components of which a tensor learns, or one that it is tied to."""
+    learning = {anatomy.storage_name(s.tensor) for s in stage.selection.slices}
+    return (c for c in anatomy.components if any(anatomy.storage_name(s.tensor) in learning for s in c.slices))
 
 
 def _check_stage(anatomy: Anatomy, stage: Stage, at: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from frostline.anatomy import Anatomy
 from frostline.data import Batch
-from frostline.engine.prefix import NoPrefixError, Split, split_of
+from frostline.engine.prefix import ChanceError, NoPrefixError, Split, split_of
 from frostline.engine.prefix_reader import PrefixSettings, Reader
 from frostline.engine.prefix_trial import cuda_devices, tried
 from frostline.engine.step import LossFunction
@@ -109,9 +109,20 @@ class PrefixCache:
             try:
                 found = tried(split, self.model, batch, plain)
                 return Reader(self.settings, self.model, self.anatomy, stage, split, batch=batch, boundary=found)
+            except ChanceError as error:
+                self._refuse(stage, f"{error}; {self._without_chance(stage)}")
+                return None
             except (NoPrefixError, StorageError) as error:
                 self._refuse(stage, str(error))
                 return None
+
+    def _without_chance(self, stage: Stage) -> str:
+        """What would make it the same every time."""
+        if stage.spec.frozen_dropout == "on":
+            return "with `frozen_dropout: off` in the stage, dropout is off where nothing learns"
+        rates = self.model.config.get_text_config().to_dict()  # type: ignore[union-attr, operator]
+        named = [f"`{k}`" for k, v in rates.items() if "drop" in k and isinstance(v, float) and v]
+        return f"with {' and '.join(named) or 'every dropout'} of the model's configuration at 0 there is none"
 
     def _refuse(self, stage: Stage, why: str) -> None:
         self.settings.say(stage, "off", why)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from frostline.data import Batch
-from frostline.engine.prefix import NoPrefixError, Split
+from frostline.engine.prefix import ChanceError, NoPrefixError, Split
 from frostline.engine.step import LossFunction
 
 
@@ -31,7 +31,7 @@ def tried(split: Split, model: nn.Module, batch: Batch, plain: LossFunction) -> 
         computed = seeded(0, lambda: plain(model, batch))
     here = found[-1]
     if not same_bytes(here, by_chance):
-        raise NoPrefixError("what a frozen block gives depends on chance (dropout below what learns)")
+        raise ChanceError("what a frozen block gives depends on chance (dropout below what learns)")
     kept = torch.arange(1, len(order), 2)  # every other row has other tokens now
     if not same_bytes(here[kept], moved.flip(0)[kept]):
         raise NoPrefixError("what a frozen block gives for a row depends on the other rows of the batch")

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from frostline.anatomy import Anatomy, Slice, intersect, subtract, subtract_all, take
+from frostline.anatomy import Anatomy, Slice, embedding_dropout, intersect, subtract, subtract_all, take
 from frostline.engine.dispatch import set_dispatch
 from frostline.engine.optimizers import BY_ELEMENT, Optimizers, leaves, make_optimizer
 from frostline.engine.owned import Owned, Ownership, leaf_shape, local_slice, own, relative
+from frostline.engine.prefix import learns_before_blocks
 from frostline.engine.rounding import Rounding, Shown, keep_masters, master_dtype, update
 from frostline.grouped import let_experts_learn
 from frostline.schedule import Stage
@@ -180,8 +181,8 @@ def _within(
     return out
 
 
-def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """The largest modules that have parameters and of which none learns."""
+def frozen_modules(model: nn.Module, stage: Stage) -> list[nn.Module]:
+    """The largest modules that have parameters and of which none learns; with a frozen embedding, its dropout too."""
     out: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
@@ -193,7 +194,7 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
                 visit(child)
 
     visit(model)
-    return out
+    return out if learns_before_blocks(stage) else out + embedding_dropout(model)
 
 
 def set_modes(model: nn.Module, stage: Stage) -> None:
@@ -205,7 +206,7 @@ def set_modes(model: nn.Module, stage: Stage) -> None:
     set_dispatch(model, stage)
     model.train()
     if stage.spec.frozen_dropout == "off":
-        for module in frozen_modules(model):
+        for module in frozen_modules(model, stage):
             module.eval()
 
 

@@ -128,7 +128,8 @@ class StageSpec(Record):
     moe: MoeSpec | None = None
     """Balancing losses of a mixture of experts, added to the loss: `{balance: 0.01, z: 0.001}`."""
     frozen_dropout: Literal["off", "on"] = "off"
-    """`off`: modules of which nothing learns run as in evaluation, without dropout."""
+    """`off`: modules of which nothing learns run as in evaluation, without dropout; a frozen embedding's dropout, which
+    many models have beside their blocks, is off too."""
 
     @field_validator("optimizer", mode="before")
     @classmethod
