@@ -13,10 +13,10 @@ import tiny
 import torch
 
 import frostline
+from frostline.deltas import apply_deltas, export_delta
 from frostline.engine import Chose, Noted, StageEnded, stage_switch
 from frostline.engine.optimizers import Optimizers
 from frostline.errors import CompileError, RecipeError
-from frostline.export import apply_deltas, export_delta
 from frostline.feed import get_tokenizer
 from frostline.model import Weights, load_model, save_model
 from frostline.planning import plan_recipe

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from frostline import train
 from frostline.cli import app
+from frostline.deltas import apply_deltas, export_delta, read_delta
 from frostline.errors import ModelError, RunFolderError, StorageError
-from frostline.export import apply_deltas, export_delta, export_run, read_delta
+from frostline.export import export_run
 from frostline.recipe import Recipe, recipe_from_dict
 from frostline.tokenizer_files import tokenizer_from_files
 

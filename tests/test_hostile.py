@@ -20,9 +20,10 @@ from frostline import ready as ready_module
 from frostline import run as running
 from frostline.checkpoints import Checkpoints
 from frostline.cli import app
+from frostline.deltas import apply_deltas, export_delta, read_delta
 from frostline.errors import FrostlineError, ModelError, RecipeError, RunFolderError
 from frostline.experiment.report import write_report
-from frostline.export import apply_deltas, export_delta, export_run, read_delta
+from frostline.export import export_run
 from frostline.model import load_model, load_skeleton
 from frostline.recipe import recipe_from_dict
 from frostline.resume import resume

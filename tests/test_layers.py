@@ -27,6 +27,7 @@ ROWS: dict[str, float] = {
     "measuring": 6.5,
     "resume": 7.5,
     "export": 7.5,
+    "deltas": 7.6,
     "saver": 6,
     "feed": 6.2,
     "sets": 6.3,

@@ -152,7 +152,7 @@ def test_where_nothing_has_such_a_bias_or_the_router_is_frozen_it_is_refused(tmp
 
 
 def test_a_delta_carries_it(run, tmp_path):
-    from frostline.export import export_delta, read_delta
+    from frostline.deltas import export_delta, read_delta
 
     values = read_delta(export_delta(run.folder, tmp_path / "delta.safetensors")).values
     assert sorted(s.tensor for s in values if "correction" in s.tensor) == [BIAS.format(1), BIAS.format(2)]

@@ -119,7 +119,8 @@ def export(
     delta: Annotated[bool, typer.Option("--delta", help="Only what learned, as one small file.")] = False,
 ) -> None:
     """Write a finished run's model as a standard folder with a model card, or what learned as a file."""
-    from frostline.export import export_delta, export_run
+    from frostline.deltas import export_delta
+    from frostline.export import export_run
 
     typer.echo(f"written: {(export_delta if delta else export_run)(run_folder, out)}")
 
@@ -132,7 +133,7 @@ def apply(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Put deltas into the base they belong to: frostline apply BASE DELTA… OUT."""
-    from frostline.export import apply_deltas
+    from frostline.deltas import apply_deltas
 
     *files, out = deltas
     if not files:
