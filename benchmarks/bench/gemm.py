@@ -48,7 +48,8 @@ def products(sizes: Sizes, learn: str, tokens: int) -> Iterator[tuple[int, int, 
     d, f = sizes.hidden, sizes.ffn
     alive = learns("model.embed_tokens.weight", learn, sizes.layers)
     for layer in range(sizes.layers):
-        attn, mlp = _learning(sizes, learn, layer)
+        attn, mlp, norm = _learning(sizes, learn, layer)
+        alive = alive or norm
         for _ in range(3):
             yield from _linear(tokens, d, d, learns=attn, alive=alive)
         yield from _linear(tokens, d, d, learns=attn, alive=alive or attn)
@@ -70,15 +71,20 @@ def attention_flops(sizes: Sizes, learn: str, tokens: int, length: int) -> int:
     alive = learns("model.embed_tokens.weight", learn, sizes.layers)
     total = 0
     for layer in range(sizes.layers):
-        attn, mlp = _learning(sizes, learn, layer)
+        attn, mlp, norm = _learning(sizes, learn, layer)
+        alive = alive or norm
         total += (3 if alive or attn else 1) * 2 * tokens * length * sizes.hidden
         alive = alive or attn or mlp
     return total
 
 
-def _learning(sizes: Sizes, learn: str, layer: int) -> tuple[bool, bool]:
-    attn, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp.experts."
-    return learns(attn, learn, sizes.layers), learns(mlp, learn, sizes.layers)
+def _learning(sizes: Sizes, learn: str, layer: int) -> tuple[bool, bool, bool]:
+    """Whether a layer's attention, its FFN or experts, and the norm before its attention learn."""
+    attn, mlp, norm = (
+        learns(f"model.layers.{layer}.{part}.", learn, sizes.layers)
+        for part in ("self_attn", "mlp.experts", "input_layernorm")
+    )
+    return attn, mlp, norm
 
 
 def _linear(tokens: int, inner: int, outer: int, *, learns: bool, alive: bool) -> Iterator[tuple[int, int, int]]:
