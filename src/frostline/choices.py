@@ -18,7 +18,7 @@ from frostline.errors import RecipeError, RunFolderError, SelectionError
 from frostline.moe import Usage, esft_expression, scores_of, usage_from_json, usage_to_json
 from frostline.recipe import Recipe
 from frostline.run_folder import RunFolder
-from frostline.selection import Needs, needs, plain
+from frostline.selection import SCORES, Needs, Scores, needs, plain
 
 FILE = "evidence/choice.json"
 
@@ -57,11 +57,14 @@ def _needs(index: int, learn: str) -> Needs:
         raise RecipeError(f"stages[{index}].learn: {error}") from None
 
 
-def make_choice(recipe: Recipe, anatomy: Anatomy, usage: Usage | None = None) -> Choice | None:
+def make_choice(
+    recipe: Recipe, anatomy: Anatomy, usage: Usage | None = None, *, stand_in: bool = False
+) -> Choice | None:
     """Resolve what the model alone does not decide; None where there is nothing of that kind.
 
-    Files are read here; rankings are resolved with `usage`, and left as they are without. Raises `RecipeError` naming
-    the stage.
+    Files are read here; rankings are resolved with `usage`, and left as they are without. `stand_in`: without it they
+    are resolved as if all experts were used alike, so that the first of every layer stand for those that will be
+    measured: to be shown and reckoned with, never to be trained. Raises `RecipeError` naming the stage.
     """
     if not any(_needs(i, stage.learn) for i, stage in enumerate(recipe.stages)):
         return None
@@ -71,13 +74,27 @@ def make_choice(recipe: Recipe, anatomy: Anatomy, usage: Usage | None = None) ->
             files[path] = _read(path, f"stages[{i}].learn")
     measurement = usage_to_json(usage) if usage is not None else None
     choice = Choice(plain={}, measurement=measurement, files=files)
-    return _resolved(choice, {s.learn: f"stages[{i}].learn: " for i, s in enumerate(recipe.stages)}, anatomy)
+    asked = {s.learn: f"stages[{i}].learn: " for i, s in enumerate(recipe.stages)}
+    return _resolved(choice, asked, anatomy, scores=_alike(anatomy) if stand_in else None)
 
 
-def _resolved(choice: Choice, asked: Mapping[str, str], anatomy: Anatomy) -> Choice:
-    """The choice with every selection of `asked` (→ what to begin an error with) resolved anew."""
+def _alike(anatomy: Anatomy) -> Scores:
+    """Scores of experts that are all used alike."""
+    found: dict[str, set[str]] = {}
+    for component in anatomy.components:
+        site, _, rest = component.name.partition(".experts[")
+        if rest:
+            found.setdefault(site, set()).add(rest.partition("]")[0])
+    shares = {site: (1 / len(experts),) * len(experts) for site, experts in found.items()}
+    return dict.fromkeys(SCORES, shares)
+
+
+def _resolved(choice: Choice, asked: Mapping[str, str], anatomy: Anatomy, *, scores: Scores | None = None) -> Choice:
+    """The choice with every selection of `asked` (→ what to begin an error with) resolved anew; by `scores` where it
+    holds no measurement."""
     files = {path: esft_expression(text, anatomy, path) for path, text in choice.files.items()}
-    scores = scores_of(usage_from_json(choice.measurement)) if choice.measurement is not None else None
+    if choice.measurement is not None:
+        scores = scores_of(usage_from_json(choice.measurement))
     out = {}
     for expression, where in asked.items():
         if not needs(expression):

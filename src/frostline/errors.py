@@ -1,7 +1,7 @@
 """Every error a user can meet, each with the exit code of the command line.
 
-Exit codes: 0 done · 1 audit or claim failed · 2 user's mistake, nothing started · 3 stopped by non-finite
-numbers · 4 storage · 75 interrupted and saved, run again · 130 interrupted twice.
+Exit codes: 0 done · 1 audit or claim failed, or a run that had started · 2 user's mistake, nothing started · 3 stopped
+by non-finite numbers · 4 storage · 75 interrupted and saved, run again · 130 interrupted twice.
 Read `FrostlineError` first; `did_you_mean` is the one place that offers near names.
 """
 
@@ -16,6 +16,11 @@ class FrostlineError(Exception):
     """Base of all errors meant for a person: the message says what was found, where, and what to do."""
 
     exit_code = 2
+
+    def in_a_run(self) -> None:
+        """It ended a run that had started: then it is no longer a mistake by which nothing was started."""
+        if self.exit_code == FrostlineError.exit_code:
+            self.exit_code = 1
 
 
 class RecipeError(FrostlineError):

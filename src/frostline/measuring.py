@@ -36,9 +36,14 @@ def choose(recipe: Recipe, *, trust_remote_code: bool = False) -> Choice | None:
     return make_choice(recipe, anatomy, usage)
 
 
+def n_measured(n_rows: int, length: int) -> int:
+    """Rows that a measurement takes."""
+    return min(n_rows, max(TOKENS // length, 1))
+
+
 def measure_rows(model: nn.Module, anatomy: Anatomy, rows: Rows, *, length: int, at_once: int) -> Usage:
     """Which experts a model uses on rows spread evenly over the training data, `TOKENS` tokens of it at most."""
-    n = min(len(rows), max(TOKENS // length, 1))
+    n = n_measured(len(rows), length)
     indices = [i * len(rows) // n for i in range(n)]
     return measure_usage(
         model, anatomy, (rows.batch(indices[at : at + at_once]).input_ids for at in range(0, n, at_once))

@@ -5,8 +5,8 @@ Composes recipe, model and `plan`; `frostline plan` is these calls. Read `plan_r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from frostline.feed import fit_attention
 from frostline.levers import Outlook, memory_of, prefix_outlook
 from frostline.model import Source, load_random, load_skeleton, untie
 from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, points_for, time_stage
-from frostline.prepared import batching_of, choose_device, prepare
+from frostline.prepared import Unresolved, batching_of, choose_device, prepare, unresolved
 from frostline.recipe import Recipe, StageSpec, load_recipe, plain
 from frostline.run_folder import checkpoint_of
 from frostline.schedule import Schedule, Stage
@@ -135,6 +135,8 @@ class Subject:
     recipe: Recipe | None = None
     """What it was made of; None for a bare model."""
     layout: Layout = "stream"
+    unresolved: Mapping[int, Unresolved] = field(default_factory=dict)
+    """Stage → its selection, where experts stand in for it."""
 
     @property
     def anatomy(self) -> Anatomy:
@@ -214,9 +216,9 @@ def plan_model(
     return _answered(subject.on(device), asked or Asked())
 
 
-def subject_of(recipe: Recipe, trust_remote_code: bool) -> Subject:
-    """A recipe as a subject; reads its data and its model's configuration."""
-    prepared = prepare(recipe, trust_remote_code=trust_remote_code)
+def subject_of(recipe: Recipe, trust_remote_code: bool, *, stand_in: bool = False) -> Subject:
+    """A recipe as a subject; reads its data and its model's configuration. `stand_in`: see `prepare`."""
+    prepared = prepare(recipe, stand_in=stand_in, trust_remote_code=trust_remote_code)
     return Subject(
         source=recipe.model,
         schedule=prepared.schedule,
@@ -225,6 +227,7 @@ def subject_of(recipe: Recipe, trust_remote_code: bool) -> Subject:
         trust_remote_code=trust_remote_code,
         recipe=recipe,
         layout=prepared.feed.layout,
+        unresolved=unresolved(prepared),
     )
 
 

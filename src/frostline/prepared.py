@@ -16,11 +16,12 @@ from frostline.engine import check_installed, set_routes
 from frostline.errors import PlanError, RecipeError, RouteError, SelectionError
 from frostline.expansion import Expansion, expand, named_in
 from frostline.feed import Feed, get_tokenizer, make_feed, step_shapes
+from frostline.measuring import n_measured
 from frostline.model import load_skeleton, untie
 from frostline.plan import Batching, Plan, make_plan, points_for
 from frostline.recipe import Recipe, stage_name
 from frostline.schedule import Schedule, StepSize, make_groups
-from frostline.selection import Selection, select
+from frostline.selection import Selection, needs, select
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,20 +44,22 @@ def prepare(
     recipe: Recipe,
     *,
     choice: Choice | None = None,
+    stand_in: bool = False,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Check a recipe against its model and data; reads weights only where its schedule ranks them, writes only a cache.
 
-    `choice`: what its selections mean where they depend on a measurement. `say`: told how far reading the data is.
-    Raises a `FrostlineError`.
+    `choice`: what its selections mean where they depend on a measurement. `stand_in`: where nothing was measured, the
+    first experts of every layer stand for those that will be, which `unresolved` tells; to be shown, never trained.
+    `say`: told how far reading the data is. Raises a `FrostlineError`.
     """
     skeleton = load_skeleton(recipe.model, dtype=weights_dtype(recipe), trust_remote_code=trust_remote_code)
     if recipe.ties == "untie":
         untie(skeleton)
     anatomy = read_anatomy(skeleton)
     recipe, expansion = expand(recipe, anatomy, trust_remote_code=trust_remote_code)
-    choice = choice or make_choice(recipe, anatomy)
+    choice = choice or make_choice(recipe, anatomy, stand_in=stand_in)
     with named_in(expansion):
         selections = make_selections(recipe, anatomy, choice)
     tokenizer = get_tokenizer(recipe, trust_remote_code=trust_remote_code)
@@ -73,6 +76,35 @@ def prepare(
         tokenizer=tokenizer,
         feed=feed,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unresolved:
+    """A selection that waits for a measurement; the first experts of every layer stand for it."""
+
+    learn: str
+    """As it is written."""
+    waits_for: str
+    """A sentence: what will be measured, and where."""
+
+
+def unresolved(prepared: Prepared) -> dict[int, Unresolved]:
+    """Stage → its selection, where experts only stand in for it."""
+    if prepared.choice is None or prepared.choice.measurement is not None:
+        return {}
+    length, written = prepared.recipe.data.length, [s.learn for s in prepared.recipe.stages]
+    n = n_measured(len(prepared.feed.text), length)
+    where = f"on {n:,} rows of {length} tokens spread over the training data"
+    return {
+        i: Unresolved(
+            learn=learn,
+            waits_for=f"`{learn}` is unresolved until {' and '.join(needs(learn).scores)} per expert are measured, "
+            f"when training starts, {where}; here the first experts of every layer stand for it (for `cover`, as many "
+            "as if all were used alike)",
+        )
+        for i, learn in enumerate(written)
+        if needs(learn).scores
+    }
 
 
 def make_selections(recipe: Recipe, anatomy: Anatomy, choice: Choice | None = None) -> list[Selection]:

@@ -377,9 +377,10 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
+            if isinstance(error, FrostlineError):
+                error.in_a_run()
             with suppress(FrostlineError):  # what failed may be the disk
-                done = self.read_boundaries()
-                step = done[-1].step if done else 0
+                step = max((row.get("step", 0) for row in self.read_lines(self.metrics)), default=0)
                 self.write_status("failed", step=step, message=_in_words(error))
             raise
 

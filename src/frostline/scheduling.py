@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from frostline.expansion import always_on
-from frostline.prepared import Prepared
+from frostline.prepared import Prepared, unresolved
 from frostline.recipe import plain
 
 
@@ -19,10 +19,12 @@ def written_stages(prepared: Prepared) -> list[dict[str, Any]]:
 def schedule_to_json(prepared: Prepared) -> dict[str, Any]:
     """The stages with their place in the run, and what a named schedule measured or keeps on."""
     expansion, found = prepared.expansion, always_on(prepared.expansion, prepared.schedule)
-    stages = []
+    stages, still_open = [], unresolved(prepared)
     for stage, written in zip(prepared.schedule.stages, written_stages(prepared), strict=True):
         place = {"name": stage.name, "start": stage.start, "n_steps": stage.n_steps}
-        stages.append({**place, "n_learning": stage.selection.n_elements, "written": written})
+        waiting = still_open.get(stage.index)
+        learning = {"n_learning": stage.selection.n_elements, "unresolved": waiting.waits_for if waiting else None}
+        stages.append({**place, **learning, "written": written})
     shared = None
     if found is not None:
         shared = {"expression": found.expression, "n_elements": found.n_elements, "n_bytes": found.n_bytes}

@@ -192,7 +192,10 @@ def print_why(console: Console, found: Sequence[Why]) -> None:
             f"stage {w.stage}: {w.learn}: backward stops at {w.cost.frontier}; "
             f"{format_flops(w.cost.total_flops)} and {format_bytes(w.cost.peak_bytes)} a step",
             highlight=False,
+            markup=False,
         )
+        if w.unresolved:
+            console.print(f"  {w.unresolved}", highlight=False, markup=False, soft_wrap=True)
         if w.against_all:
             saved = w.against_all
             console.print(

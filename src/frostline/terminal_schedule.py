@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from frostline.expansion import AlwaysOn, always_on
 from frostline.lr_range import HOW, RangeTest
-from frostline.prepared import Prepared
+from frostline.prepared import Prepared, unresolved
 from frostline.recipe.shipped import summary
 from frostline.schedule.spectrum import Ranked
 from frostline.units import format_bytes, format_count, format_share
@@ -31,14 +32,19 @@ def print_schedule(console: Console, prepared: Prepared) -> None:
         table.add_column(column, overflow="fold")
     for column in ("parameters", "steps", "from step", "lr"):
         table.add_column(column, justify="right")
+    still_open = unresolved(prepared)
     for s in schedule.stages:
         rates = dict.fromkeys(f"{g.lr:.3g}" for g in s.groups)
         count = f"{format_count(s.selection.n_elements)} ({format_share(s.selection.n_elements, anatomy.n_parameters)})"
         shown = (
             [*rates] if len(rates) < 3 else [f"{min(g.lr for g in s.groups):.3g} … {max(g.lr for g in s.groups):.3g}"]
         )
-        table.add_row(s.name, s.selection.expression, count, str(s.n_steps), str(s.start), ", ".join(shown))
+        learns = still_open[s.index].learn if s.index in still_open else s.selection.expression
+        table.add_row(s.name, escape(learns), count, str(s.n_steps), str(s.start), ", ".join(shown))
     console.print(table)
+    for index, waiting in still_open.items():
+        line = f"stage {schedule.stages[index].name}: {waiting.waits_for}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     print_always_on(console, always_on(expansion, schedule))
 
 

@@ -71,21 +71,24 @@ class Why:
     """What is to learn and cannot, with the reason."""
     prefix: Outlook | None = None
     """What will become of its frozen prefix."""
+    unresolved: str | None = None
+    """What is still to be measured for the selection, where experts stand in for it."""
 
 
 def why_recipe(path: Path, *, overrides: Iterable[str] = (), trust_remote_code: bool = False) -> tuple[Why, ...]:
     """For every stage, which parts keep the backward pass deep and what leaving each out would save."""
-    subject = subject_of(load_recipe(path, overrides=overrides), trust_remote_code)
-    plan = subject.plan()
+    subject = subject_of(load_recipe(path, overrides=overrides), trust_remote_code, stand_in=True)
+    plan, waits = subject.plan(), subject.unresolved
     return tuple(
         Why(
             stage=stage.name,
-            learn=stage.selection.expression,
+            learn=waiting.learn if (waiting := waits.get(stage.index)) else stage.selection.expression,
             cost=planned.cost,
             against_all=_saving(subject, stage, planned.cost),
             reasons=tuple(_reasons(subject, stage, planned.cost)),
             no_ops=tuple(_no_ops(subject, stage, planned.cost)),
             prefix=prefix,
+            unresolved=waiting.waits_for if waiting else None,
         )
         for stage, planned, prefix in zip(subject.schedule.stages, plan.stages, outlook_of(subject, plan), strict=True)
     )

@@ -173,9 +173,15 @@ def test_a_graph_that_ignores_a_route_is_found_before_a_step_is_made(tmp_path: P
         return original(function, **settings | {"options": {"guard_filter_fn": lambda guards: [False] * len(guards)}})
 
     done: list[Any] = []
-    with patch.object(torch, "compile", careless), pytest.raises(CompileError, match=r"compiled, .* uncompiled"):
+    with (
+        patch.object(torch, "compile", careless),
+        pytest.raises(CompileError, match=r"compiled, .* uncompiled") as found,
+    ):
         run(tmp_path, compile="blocks", stages=stages, observers=[done.append], evidence={"flow_every": 100})
     assert [e.step for e in done if isinstance(e, StepDone)] == [1]
+    assert found.value.exit_code == 1  # 2 would say that nothing was started
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"], status["message"]) == ("failed", 1, str(found.value))
 
 
 def test_zeros_in_place_of_no_gradient_are_left_out() -> None:

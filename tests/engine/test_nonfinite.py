@@ -137,4 +137,5 @@ def test_the_halted_runs_last_checkpoint_is_the_state_before_the_update(
     found, rejected = Checkpoints(folder.checkpoints, run=running.run_name(folder)).newest()
     assert found is not None
     assert (found.step, rejected) == (4, [])
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 4)

@@ -10,11 +10,12 @@ import tiny
 from typer.testing import CliRunner
 
 from frostline.audit import audit
-from frostline.choices import FILE
+from frostline.choices import FILE, read_choice
 from frostline.cli import app
 from frostline.engine import StepDone
 from frostline.errors import RecipeError, RunFolderError
-from frostline.prepared import prepare
+from frostline.prepared import prepare, unresolved
+from frostline.recipe import dump_yaml, load_recipe
 from frostline.resume import resume
 from frostline.run import train
 from frostline.run_folder import RunFolder
@@ -112,6 +113,42 @@ def test_a_run_that_lost_its_choice_is_not_resumed(tmp_path):
 def test_a_plan_says_that_a_ranking_needs_a_measurement(tmp_path):
     with pytest.raises(RecipeError, match=r"stages\[0\]\.learn: .*nothing was measured"):
         prepare(recipe(tmp_path, RANKED))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    (folder / "recipe.yaml").write_text(dump_yaml(recipe(folder, "router", RANKED).as_dict()))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize("command", ["schedule", "why"])
+def test_what_waits_for_a_measurement_is_shown_as_it_is_written_and_said(written, command, monkeypatch):
+    found = CliRunner().invoke(app, [command, str(written), "--json"])
+    assert found.exit_code == 0, found.output
+    assert [bool(s["unresolved"]) for s in json.loads(found.stdout)["stages"]] == [False, True]
+    if command == "why":  # its costs, which take long, are not what this is about
+        monkeypatch.setattr("frostline.why._reasons", lambda *_: ())
+    shown = CliRunner().invoke(app, [command, str(written)]).output
+    said = " ".join("".join(c if c not in "│┃" else " " for c in shown).split())
+    assert "experts[top 1 by tokens] | layers[0].ffn.experts[cover 0.6 by gate]" in said
+    assert "is unresolved until tokens and gate per expert are measured, when training starts, on " in said
+
+
+def test_what_stands_for_a_ranking_has_the_size_of_what_is_measured(written):
+    prepared = prepare(load_recipe(written), stand_in=True)
+    assert set(unresolved(prepared)) == {1}
+    alone = prepare(recipe(written.parent, "experts[top 1 by tokens]"), stand_in=True).schedule.stages[0].selection
+    assert alone.n_elements == 3 * 3 * 32 * 48  # one expert in each of three layers, three tensors each
+    stand_in = {c.name for c, _ in prepared.schedule.stages[1].selection.by_component()}
+    in_first = {c for c in stand_in if c.startswith("layers[0]")}
+    assert {c.partition(".experts")[2][:3] for c in in_first} == {"[0]", "[1]", "[2]"}  # three of four cover 0.6
+    assert {c.partition(".experts")[2][:3] for c in stand_in - in_first} == {"[0]"}
+
+
+def test_a_run_has_a_measurement_and_nothing_unresolved(run, tmp_path):
+    kept = read_choice(RunFolder.open(run.folder))
+    assert unresolved(prepare(recipe(tmp_path, "router", RANKED), choice=kept)) == {}
 
 
 def test_a_dense_model_cannot_be_ranked(tmp_path):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from frostline.errors import RecipeError
 from frostline.recipe import Recipe, StageSpec, dump_yaml, load_recipe, recipe_from_dict, stage_name
-from frostline.recipe.load import format_key, parse_key
+from frostline.recipe.overrides import format_key, parse_key
 from frostline.recipe.yaml_text import parse_yaml
 
 quick = settings(deadline=None, max_examples=30)
@@ -713,6 +713,38 @@ def test_later_overrides_win(tmp_path):
 )
 def test_an_override_that_makes_no_sense_is_refused(tmp_path, override, said):
     assert said in refused(tmp_path, GOOD, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stages[0].steps=1.5"], "--set stages[0].steps=1.5: 'stages[0].steps': input should be"),
+        (["seed=1", "seed=x"], "--set seed=x: 'seed': input should be"),
+        (["sead=1"], "--set sead=1: unknown key 'sead'"),
+        (["stages[0]={learn: all, steps: 1}"], "--set stages[0]={learn: all, steps: 1}: 'stages[0].lr' is missing"),
+        (["data={train: t, lenth: 8}", "data.batch=0"], "--set data.batch=0: 'data.batch': input should be"),
+        (["stages[1].steps=1.5", "seed=1"], "--set stages[1].steps=1.5: 'stages[1].steps'"),
+    ],
+)
+def test_what_an_override_says_wrong_names_the_override_and_not_a_line(tmp_path, overrides, said):
+    found = refused(tmp_path, GOOD, *overrides)
+    assert said in found
+    assert "recipe.yaml:" not in found
+
+
+def test_what_the_file_says_wrong_keeps_its_line_whatever_is_set(tmp_path):
+    found = refused(tmp_path, changed("batch: 8", "batch: x"), "stages[0].steps=2", "data.length=8")
+    assert found.startswith("recipe.yaml:5: 'data.batch'")
+    assert "--set" not in found
+
+
+def test_what_is_wrong_only_with_an_override_beside_it_names_both(tmp_path):
+    found = refused(tmp_path, GOOD, "stages[0].warmup=9", "seed=1", "stages[0].tokens=5")
+    assert re.search(r"yaml:\d+: stages\[0\]: give one of .* \(with --set stages\[0\].warmup=9, --set", found)
+    assert "seed" not in found
+    found = refused(tmp_path, GOOD, "stages[0].accumulate=3", "seed=1")
+    assert "does not divide data.batch" in found
+    assert found.endswith("(with --set stages[0].accumulate=3)")
 
 
 @pytest.mark.parametrize("override", [f"stages[{'9' * 5000}].lr=1", "seed=" + "[" * 500 + "]" * 500])

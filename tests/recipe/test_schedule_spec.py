@@ -69,7 +69,9 @@ def test_a_schedule_that_makes_no_sense_is_refused_with_its_line_and_key(tmp_pat
         ("schedule.layrs=2", "unknown key 'schedule.layrs'. Did you mean 'layers'"),
         ("schedule=lisa", "'schedule': a named schedule is a mapping"),
         ("schedule.lr.embed=1e-4", "--set schedule.lr.embed=1e-4: schedule.lr has no keys of its own"),
-        ("stages[0].lr=1", "--set stages[0].lr=1"),
+        ("stages[0].lr=1", "--set stages[0].lr=1: the stages of this recipe come from its schedule 'lisa'"),
+        ("stages[0].lr=1", "as in schedule.lr=1e-4: lr, layer_decay,"),
+        ("schedule.every=0", "--set schedule.every=0: 'schedule.every': input should be"),
         ("schedule.name=badam", "unknown key 'schedule.layers'"),
     ],
 )

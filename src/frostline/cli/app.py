@@ -41,6 +41,9 @@ Reading = Annotated[
     list[str] | None,
     typer.Option("--set", help="With --data, how it is read: data.chat_template=FILE.", metavar="KEY=VALUE"),
 ]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: stages[0].lr=1e-4.", metavar="KEY=VALUE")
+]
 INTERRUPTED_TWICE = 130
 INTERRUPTED = 75
 

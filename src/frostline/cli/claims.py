@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from frostline.cli.app import INTERRUPTED, AsJson, Model, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.cli.app import (
+    INTERRUPTED,
+    AsJson,
+    Model,
+    Overrides,
+    RemoteCode,
+    app,
+    errors_for_people,
+    make_console,
+    print_json,
+)
 
 
 @app.command(rich_help_panel="What is said about freezing")
@@ -40,9 +50,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist or be empty.")] = Path(
         "runs/demo"
     ),
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key of the demo's recipe.", metavar="KEY=VALUE")
-    ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a small Llama (everything, then only the FFN), settle the claims on it, write the page."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from frostline.cli.app import AsJson, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.cli.app import AsJson, Overrides, RemoteCode, app, errors_for_people, make_console, print_json
 from frostline.errors import PlanError
 
 
@@ -31,10 +31,7 @@ def plan(
     device: Annotated[
         Literal["cpu", "cuda"] | None, typer.Option(help="Whose kernels the bytes are of; this machine's if left out.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a key of the recipe: stages[0].lr=1e-4.", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -76,10 +73,7 @@ def plan(
 @errors_for_people
 def why(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.", metavar="RECIPE")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a key: stages[0].lr=1e-4.", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from frostline.cli.app import INTERRUPTED, AsJson, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.cli.app import (
+    INTERRUPTED,
+    AsJson,
+    Overrides,
+    RemoteCode,
+    app,
+    errors_for_people,
+    make_console,
+    print_json,
+)
 from frostline.errors import ModelError
 
 if TYPE_CHECKING:
@@ -23,10 +32,7 @@ _EXIT = {"passed": 0, "interrupted": INTERRUPTED, "failed": 1}
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.", metavar="RECIPE")],
     out: Annotated[Path, typer.Option("--out", help="The run folder to write; must not exist or be empty.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a key: stages[0].lr=1e-4.", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:

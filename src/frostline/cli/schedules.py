@@ -7,12 +7,8 @@ from typing import Annotated
 
 import typer
 
-from frostline.cli.app import AsJson, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.cli.app import AsJson, Overrides, RemoteCode, app, errors_for_people, make_console, print_json
 from frostline.errors import RecipeError, did_you_mean
-
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key: schedule.lr=1e-4.", metavar="KEY=VALUE")
-]
 
 
 @app.command(rich_help_panel="Recipes")
@@ -30,7 +26,8 @@ def schedule(
     from frostline.scheduling import schedule_to_json, written_stages
     from frostline.terminal_schedule import print_schedule
 
-    prepared = prepare(load_recipe(recipe, overrides=overrides or ()), trust_remote_code=trust_remote_code)
+    loaded = load_recipe(recipe, overrides=overrides or ())
+    prepared = prepare(loaded, stand_in=True, trust_remote_code=trust_remote_code)
     if as_yaml:
         typer.echo(dump_yaml({"stages": written_stages(prepared)}), nl=False)
     elif as_json:

@@ -1,13 +1,14 @@
 """Selections: what learns, as an expression and as a set of slices. Read `selection.py`, `resolve.py`, `grammar.py`."""
 
 from frostline.selection.by_rule import buffers_by_rule
-from frostline.selection.grammar import parse
+from frostline.selection.grammar import SCORES, parse
 from frostline.selection.outside import Needs, Scores, chosen, expression_of, needs, plain
 from frostline.selection.resolve import GROUPS, Match, known_names
 from frostline.selection.selection import Difference, Selection, compare, select, selection_to_json, shared_heads
 
 __all__ = [
     "GROUPS",
+    "SCORES",
     "Difference",
     "Match",
     "Needs",

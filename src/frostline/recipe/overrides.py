@@ -1,0 +1,88 @@
+"""`--set stages[0].lr=1e-4`: which key, and the value put there. Read `apply_override` first."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from frostline.errors import RecipeError
+from frostline.recipe.schedule_spec import SCHEDULES
+from frostline.recipe.yaml_text import KeyPath, parse_yaml
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One `--set`."""
+
+    path: KeyPath
+    text: str
+    """As it was typed, shortened."""
+
+    def __str__(self) -> str:
+        return f"--set {self.text}"
+
+
+def format_key(path: KeyPath) -> str:
+    """`("stages", 0, "lr")` → `stages[0].lr`."""
+    out = ""
+    for part in path:
+        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
+    return out
+
+
+def parse_key(text: str) -> KeyPath:
+    """`stages[0].lr` → `("stages", 0, "lr")`. Raises `RecipeError`."""
+    if not re.fullmatch(r"\w+(\[\d{1,6}\])*(\.\w+(\[\d{1,6}\])*)*", text):
+        raise RecipeError(f"--set {shortened(text)}: write a key as in stages[0].lr")
+    return tuple(int(p[1:-1]) if p[0] == "[" else p for p in re.findall(r"\w+|\[\d+\]", text) if p)
+
+
+def apply_override(values: dict[str, Any], override: str) -> Override:
+    """Put the value of `key=value`, read as YAML, into `values`. Raises `RecipeError` for no place to put it."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {override}: write key=value, as in stages[0].lr=1e-4")
+    path = parse_key(key.strip())
+    _check_has_stages(values, path, override)
+    target: Any = values
+    for i, part in enumerate(path[:-1]):
+        if isinstance(part, str) and isinstance(target, dict):
+            target = target.setdefault(part, {} if isinstance(path[i + 1], str) else [])
+        else:
+            target = _item(target, part, override)
+    last = path[-1]
+    if isinstance(last, int):
+        _item(target, last, override)
+    elif not isinstance(target, dict):
+        raise RecipeError(f"--set {override}: {format_key(path[:-1])} has no keys of its own")
+    target[last] = parse_yaml(text, where=f"--set {shortened(override)}").values
+    return Override(path, shortened(override))
+
+
+def _check_has_stages(values: dict[str, Any], path: KeyPath, override: str) -> None:
+    """A recipe whose stages come from a schedule has none to set a key of."""
+    spec = values.get("schedule")
+    if path[0] != "stages" or len(path) == 1 or "stages" in values or not isinstance(spec, dict):
+        return
+    name = str(spec.get("name"))
+    keys = [k for k in SCHEDULES[name].model_fields if k != "name"] if name in SCHEDULES else []
+    takes = f": {', '.join(keys)}" if keys else ""
+    raise RecipeError(
+        f"--set {override}: the stages of this recipe come from its schedule '{name}', so they have no keys to set; "
+        f"set those of the schedule, as in schedule.lr=1e-4{takes} (`frostline schedule RECIPE --yaml` writes the "
+        "stages out, to be edited)"
+    )
+
+
+def _item(target: Any, part: str | int, override: str) -> Any:
+    if not isinstance(part, int) or not isinstance(target, list):
+        raise RecipeError(f"--set {override}: there is nothing at '{part}'")
+    if part >= len(target):
+        raise RecipeError(f"--set {override}: index {part} is out of range, the recipe has {len(target)} (0-based)")
+    return target[part]
+
+
+def shortened(text: str) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= 60 else text[:57] + "…"
