@@ -49,7 +49,9 @@ def test_the_settings_on_the_page_are_settings(tmp_path: Path) -> None:
 
 
 def test_the_exit_codes_on_the_page_are_those_of_the_errors() -> None:
-    codes = {c.exit_code for c in FrostlineError.__subclasses__()}
+    started = FrostlineError("in a run")
+    started.in_a_run()
+    codes = {c.exit_code for c in FrostlineError.__subclasses__()} | {started.exit_code}
     shown = {int(m) for m in re.findall(r"^\| [^|]+(?:\\\|[^|]+)? \| (\d+) \|", PAGE, re.MULTILINE)}
     assert {3, 4} <= codes & shown
     assert shown - codes == {75, 130}
