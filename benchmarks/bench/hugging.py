@@ -5,6 +5,8 @@ Nothing here changes what a peer computes. Read `Watch`.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from job import Job, Meter, Result, tokens_of
@@ -36,6 +38,14 @@ def tokenizer(vocabulary: int) -> Any:
     )
 
 
+def with_tokenizer(job: Job, folder: Path) -> Path:
+    """The job's model in a folder that has a tokenizer too, as peers that load by path expect."""
+    for file in Path(job.model).iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    tokenizer(json.loads((folder / "config.json").read_text())["vocab_size"]).save_pretrained(folder)
+    return folder
+
+
 class Watch(TrainerCallback):  # type: ignore[misc]
     """A callback that is the clock. Inside `with` it keeps the loss of every step as well; the patch for that:
     `Trainer.training_step`, in which every peer here ends up, also hands on what it returns."""
@@ -47,6 +57,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.meter, self.tokens = meter, tokens_of(rows, job.order(len(rows)))
         self.losses: list[Any] = []
         self.n_learning = self.peak_bytes = 0
+        self.recomputes = False
 
     def __enter__(self) -> Watch:
         self.original = original = Trainer.training_step
@@ -65,6 +76,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
         """The first step begins."""
         self.n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.recomputes = model.is_gradient_checkpointing
         self.meter.start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -75,7 +87,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Before a peer saves the model, as some do."""
         self.peak_bytes = self.meter.peak_bytes()
 
-    def result(self, **notes: Any) -> Result:
+    def result(self) -> Result:
         """What the system did."""
         return Result(
             seconds=self.meter.seconds,
@@ -84,5 +96,5 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             cpu_seconds=self.meter.cpu_seconds,
             n_learning=self.n_learning,
             tokens=self.tokens,
-            notes=notes,
+            notes={"gradient_checkpointing": self.recomputes},
         )

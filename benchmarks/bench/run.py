@@ -60,6 +60,7 @@ class System:
 
 
 TRL = ("torch", "transformers", "accelerate==1.15.0", "trl==1.16.0")
+LLAMA_FACTORY = ("torch==2.13.0", "transformers==5.6.0", "llamafactory==0.9.5")
 SYSTEMS: dict[str, System] = {
     "bare loop": System(script="bare", needs=("torch", "transformers")),
     "bare loop, compiled": System(
@@ -77,6 +78,13 @@ SYSTEMS: dict[str, System] = {
         script="trl_",
         needs=TRL,
         settings={"gradient_checkpointing": False, "torch_compile": True, "padding_free": True},
+    ),
+    "LLaMA-Factory": System(script="llamafactory_", needs=LLAMA_FACTORY, pinned=False),
+    "LLaMA-Factory, at its best": System(
+        script="llamafactory_",
+        needs=LLAMA_FACTORY,
+        pinned=False,
+        settings={"disable_gradient_checkpointing": True, "torch_compile": True, "neat_packing": True},
     ),
     "Frostline": System(script="frostline_", needs=("-e", str(ROOT))),
     "Frostline, compiled": System(
