@@ -61,6 +61,7 @@ class System:
 
 TRL = ("torch", "transformers", "accelerate==1.15.0", "trl==1.16.0")
 LLAMA_FACTORY = ("torch==2.13.0", "transformers==5.6.0", "llamafactory==0.9.5")
+SWIFT = ("torch==2.13.0", "transformers==5.19.0", "ms-swift==4.6.0")
 SYSTEMS: dict[str, System] = {
     "bare loop": System(script="bare", needs=("torch", "transformers")),
     "bare loop, compiled": System(
@@ -85,6 +86,10 @@ SYSTEMS: dict[str, System] = {
         needs=LLAMA_FACTORY,
         pinned=False,
         settings={"disable_gradient_checkpointing": True, "torch_compile": True, "neat_packing": True},
+    ),
+    "ms-swift": System(script="swift_", needs=SWIFT, pinned=False),
+    "ms-swift, at its best": System(
+        script="swift_", needs=SWIFT, pinned=False, settings={"gradient_checkpointing": False, "torch_compile": True}
     ),
     "Frostline": System(script="frostline_", needs=("-e", str(ROOT))),
     "Frostline, compiled": System(
