@@ -72,7 +72,7 @@ def format_of(file: FileTally) -> str:
 def _counts(part: Part, survey: Survey) -> Iterator[str]:
     half, most, nearly = part.quantiles
     yield (
-        f"{part.n_examples:,} examples, {part.n_tokens:,} tokens, of which {part.n_learning:,} learn "
+        f"{plural(part.n_examples, 'example')}, {part.n_tokens:,} tokens, of which {part.n_learning:,} learn "
         f"({format_share(part.n_learning, part.n_tokens)}) and stand for {format_bytes(part.n_bytes)} of text"
         if part.n_tokens
         else "nothing to learn from"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from itertools import chain
 from pathlib import Path
@@ -103,6 +104,10 @@ def test_texts_survive_jsonl(tmp_path_factory, found):
         ('{"text": "a"}\n{"text": ', ":2: not valid JSON"),
         ('{"text": "a"}\n\n\nplain words\n', ":4: not valid JSON"),
         ("[" * 100_000, ":1: not valid JSON"),
+        ('{"text": "a"} {"text": "b"}', ":1: not valid JSON: it ends before character 15, and the line goes on; one"),
+        ('[{"text": "a"},\n{"text": "b"}]', ":1: not valid JSON: one example is one line; a list, or what is spread"),
+        ('{\n "text": "a"\n}', ":1: not valid JSON: one example is one line; a list, or what is spread over lines, is"),
+        ('{"text": "a"}\n' + "\0" * 9, ":2: not valid JSON: the line holds NUL bytes, as after a write that was cut"),
         ('{"txt": "a"}', ":1: expected an object with a string under 'text', found keys 'txt'"),
         (
             '{"text": "a"}\n{"body": 1, "id": 2}',
@@ -134,8 +139,32 @@ def test_bytes_that_are_not_utf_8_are_refused_with_byte_and_offset(tmp_path):
     for name in ("a.txt", "a.jsonl", "a.json", "a.csv"):
         file = write(tmp_path / name, b"\n \n\xffdef")
         assert refused(file).startswith(f"{file}:3: not UTF-8: byte 0xff at offset 3 of the file; convert the file")
-    assert "byte 0xff at offset 0" in refused(write(tmp_path / "b.txt", "text".encode("utf-16")))
-    assert "byte 0xe9 at offset 3" in refused(write(tmp_path / "c.txt", "café".encode("latin-1")))
+    said = refused(write(tmp_path / "b.txt", "text".encode("utf-16")))
+    assert "byte 0xff at offset 0" in said
+    assert said.endswith("convert the file to UTF-8 (it is UTF-16: iconv -f UTF-16 -t UTF-8)")
+    said = refused(write(tmp_path / "c.txt", "café".encode("latin-1")))
+    assert "byte 0xe9 at offset 3" in said
+    assert said.endswith("or set `data.undecodable: replace`")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("paper.pdf", b"%PDF-1.4 and only ASCII", "this is a PDF document, no text"),
+        ("sheet.xlsx", b"PK\x03\x04", "this is a ZIP archive (.docx and .xlsx are such), no text"),
+        ("packed", gzip.compress(b"text"), "this is packed by gzip, which is unpacked where the name ends in .gz"),
+        ("table.csv", b"prompt;completion\na;b\n", ":1: the header is one column, 'prompt;completion': columns stand"),
+        ("table.tsv", b"prompt,completion\na,b\n", "columns stand between commas in .csv, tabs in .tsv"),
+    ],
+)
+def test_what_is_no_text_and_no_table_is_refused_by_what_it_is(tmp_path, name, content, said):
+    assert said in refused(write(tmp_path / name, content))
+
+
+def test_tabs_separate_the_columns_of_tsv(tmp_path):
+    file = write(tmp_path / "a.tsv", 'text\tn\n"one, two"\t1\n"tab\there"\t2\n')
+    assert texts(file) == ["one, two", "tab\there"]
+    assert texts(tmp_path) == texts(file)
 
 
 def test_the_offset_counts_the_byte_order_mark(tmp_path):
@@ -148,7 +177,7 @@ def test_a_missing_path_is_refused(tmp_path):
 
 def test_a_folder_without_text_is_refused(tmp_path):
     write(tmp_path / "a.png", b"x")
-    assert refused(tmp_path) == f"the folder {tmp_path} holds no .txt, .md, .jsonl, .json, .csv, .parquet file"
+    assert refused(tmp_path) == f"the folder {tmp_path} holds no .txt, .md, .jsonl, .json, .csv, .tsv, .parquet file"
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):

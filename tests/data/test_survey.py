@@ -93,6 +93,14 @@ def test_leaks_are_the_same_example_or_the_same_prompt_on_both_sides(tmp_path, m
     ]
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.txt", "\n \n"), ("a.csv", "prompt,completion\n")])
+def test_a_file_with_nothing_to_learn_from_refuses_the_run(tmp_path, model, name, content):
+    (tmp_path / name).write_text(content)
+    result = frost("data", tmp_path / name, "--tokenizer", model)
+    assert result.exit_code == 2
+    assert f"error: nothing to learn from in {tmp_path / name}" in result.output
+
+
 def test_all_that_is_wrong_is_listed_at_once_and_the_exit_code_says_that_a_run_would_be_refused(tmp_path, model):
     rows = [TURNS, {"messages": [user("x")]}, {"text": "x"}, TURNS]
     file = jsonl(tmp_path / "a.jsonl", rows)
@@ -100,7 +108,8 @@ def test_all_that_is_wrong_is_listed_at_once_and_the_exit_code_says_that_a_run_w
     assert result.exit_code == 2
     assert "a.jsonl:2: nothing to learn" in result.output
     assert "a.jsonl:3: no 'messages'" in result.output
-    assert "2 examples cannot be used" in result.output
+    assert "of the assistant counts in the loss (the roles: 'user')" in result.output
+    assert "2 examples cannot be used; mend them" in result.output
     assert frost("data", file, "--tokenizer", model, "--set", "data.invalid=drop").exit_code == 0
 
 

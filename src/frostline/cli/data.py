@@ -30,7 +30,7 @@ def data(
 ) -> None:
     """Show what data come to: formats, counts, lengths, what learns, duplicates and leaks."""
     from frostline.survey import survey
-    from frostline.terminal_data import print_survey
+    from frostline.terminal_data import plural, print_survey
 
     chosen = _target(target, overrides or [])
     if tokenizer is not None and not isinstance(chosen, _data_spec()):
@@ -55,7 +55,14 @@ def data(
         if html is not None:
             make_console().print(f"written: {html}", highlight=False, soft_wrap=True)
     if found.n_refused:
-        raise DataError(f"{found.n_refused} examples cannot be used; mend them, or leave them out: data.invalid=drop")
+        them = "them" if found.n_refused > 1 else "it"
+        raise DataError(
+            f"{plural(found.n_refused, 'example')} cannot be used; mend {them}, or leave {them} out: data.invalid=drop"
+        )
+    empty = [part for part in found.parts if not part.n_learning]
+    if empty:
+        files = ", ".join(dict.fromkeys(f.path for part in empty for f in part.files))
+        raise DataError(f"nothing to learn from in {files}")
 
 
 def _data_spec() -> Any:

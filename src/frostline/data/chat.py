@@ -49,7 +49,10 @@ def spoken(conversation: Conversation, template: Template, *, loss_on: LossOn, c
     if loss_on == "last":
         turns = [i for i in turns if i == _last_of_assistant(conversation)]
     if loss_on != "all" and not turns:
-        raise RowError(f"{conversation.source}: nothing to learn: no turn of the assistant counts in the loss")
+        roles = ", ".join(dict.fromkeys(repr(m["role"]) for m in conversation.messages))
+        raise RowError(
+            f"{conversation.source}: nothing to learn: no turn of the assistant counts in the loss (the roles: {roles})"
+        )
     try:
         whole, made, text = _rendered(conversation, template, turns)
     except TemplateRefusedError:

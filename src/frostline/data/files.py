@@ -1,7 +1,7 @@
 """Files, folders and hub names → rows: named values with their place, one after another, whatever the file's kind.
 
-Text files are one row with `text`. What the values mean is `formats.py`'s business. JSON lines, CSV and gzip are read
-by the standard library, Parquet, Zstandard, saved `datasets` and hub names by the packages of the extra `data`.
+Text files are one row with `text`. What the values mean is `formats.py`'s business. JSON lines, CSV, TSV and gzip are
+read by the standard library, Parquet, Zstandard, saved `datasets` and hub names by the packages of the extra `data`.
 Read `rows_of` first; it is lazy, and only a `.json` file is ever in memory as a whole.
 """
 
@@ -22,6 +22,18 @@ from frostline.errors import DataError
 from frostline.recipe.data_spec import COMPRESSED, DATA_SUFFIXES, SUFFIXES
 
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+_NO_TEXT = {
+    b"%PDF-": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive (.docx and .xlsx are such)",
+    b"\xd0\xcf\x11\xe0": "an Office document",
+    b"\x1f\x8b": "packed by gzip, which is unpacked where the name ends in .gz",
+    b"\x28\xb5\x2f\xfd": "packed by Zstandard, which is unpacked where the name ends in .zst",
+    b"PAR1\x15": "a Parquet file, which is read where the name ends in .parquet",
+    b"ARROW1\0\0": "an Arrow file",
+    b"SQLite format 3\0": "an SQLite database",
+}
+"""How files begin that are often given for texts → what they are."""
 
 LINE_BYTES = 1 << 28
 """The longest line that is read: a file that has no line feeds, or unpacks without end, must not fill the memory."""
@@ -54,9 +66,9 @@ def rows_of(file: Path, *, errors: Errors = "strict") -> Iterator[Row | RowError
                     yield from _json_lines(_lines(file, stream, errors), file)
             case ".json":
                 yield from _json(file, errors)
-            case ".csv":
+            case ".csv" | ".tsv":
                 with _opened(file) as stream:
-                    yield from _csv(_lines(file, stream, errors), file)
+                    yield from _csv(_lines(file, stream, errors), file, "," if kind == ".csv" else "\t")
             case ".parquet":
                 for i, values in enumerate(parquet_rows(file)):
                     yield Row(values, f"{file}[{i}]")
@@ -136,6 +148,9 @@ def _text(file: Path, errors: Errors) -> Iterator[Row]:
             content = stream.read()
     else:
         content = file.read_bytes()
+    for begins, what in _NO_TEXT.items():
+        if content.startswith(begins):
+            raise DataError(f"{file}: this is {what}, no text: save its text as .txt, or its rows as .jsonl")
     yield Row({"text": _decoded(content, file, errors).removeprefix("\ufeff")}, str(file), is_text=True)
 
 
@@ -145,9 +160,11 @@ def _decoded(content: bytes, file: Path, errors: Errors, *, line: int = 1, offse
         return content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         at = line + content.count(b"\n", 0, error.start)
+        is_utf_16 = not offset and content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        remedy = " (it is UTF-16: iconv -f UTF-16 -t UTF-8)" if is_utf_16 else ", or set `data.undecodable: replace`"
         raise DataError(
             f"{file}:{at}: not UTF-8: byte 0x{content[error.start]:02x} at offset {offset + error.start} of the file; "
-            "convert the file to UTF-8, or set `data.undecodable: replace`"
+            f"convert the file to UTF-8{remedy}"
         ) from None
 
 
@@ -170,9 +187,22 @@ def _json_lines(lines: Iterable[str], file: Path) -> Iterator[Row | RowError]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield RowError(f"{where}: not valid JSON: {error}")
+            yield RowError(f"{where}: not valid JSON: {_why_no_json(line, error)}")
             continue
         yield _object(row, where)
+
+
+def _why_no_json(line: str, error: Exception) -> str:
+    """What is wrong with a line, and what its file may be instead."""
+    if "\0" in line:
+        return "the line holds NUL bytes, as after a write that was cut off"
+    if line.lstrip().startswith("[") or line.strip() == "{":
+        return "one example is one line; a list, or what is spread over lines, is read from a file that ends in .json"
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    if error.msg == "Extra data":
+        return f"it ends before character {error.colno}, and the line goes on; one example is one line"
+    return f"{error.msg} (character {error.colno})"
 
 
 def _object(row: Any, where: str) -> Row | RowError:
@@ -215,10 +245,14 @@ def _has_json_lines(stream: BinaryIO, errors: Errors) -> bool:
         return False
 
 
-def _csv(lines: Iterator[str], file: Path) -> Iterator[Row | RowError]:
+def _csv(lines: Iterator[str], file: Path, delimiter: str) -> Iterator[Row | RowError]:
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # its default refuses texts of 128 kB
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, strict=True, delimiter=delimiter)
     header = next((h for h in reader if h), [])
+    if len(header) == 1 and any(other in header[0] for other in {",", ";", "\t"} - {delimiter}):
+        raise DataError(
+            f"{file}:1: the header is one column, {header[0]!r}: columns stand between commas in .csv, tabs in .tsv"
+        )
     doubled = sorted({h for h in header if header.count(h) > 1})
     if doubled:
         raise DataError(f"{file}:1: the header names a column twice: {_names(doubled)}")

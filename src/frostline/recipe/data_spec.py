@@ -11,7 +11,7 @@ from pydantic.types import Strict
 
 from frostline.recipe.base import Record
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SUFFIXES = (".txt", ".md", *DATA_SUFFIXES)
 """What is read from a folder; a file named by hand may have another suffix and is then read as text."""
 COMPRESSED = (".gz", ".zst")
@@ -60,8 +60,8 @@ class DataSpec(Record):
     """Files in, rows of `length` tokens out."""
 
     train: Sources
-    """A `.txt`, `.md`, `.jsonl`, `.json`, `.csv` or `.parquet` file (also `.gz`, `.zst`), a folder of them, a saved
-    dataset, a hub name, a source with settings of its own (`{path: a.jsonl, weight: 2}`), or a list of these."""
+    """A `.txt`, `.md`, `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file (also `.gz`, `.zst`), a folder of them, a
+    saved dataset, a hub name, a source with settings of its own (`{path: a.jsonl, weight: 2}`), or a list of these."""
     held_out: Annotated[
         Annotated[Annotated[float, Field(gt=0, lt=1)], Tag("share")] | Annotated[Sources, Tag("files")],
         Discriminator(_share_or_files),
