@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-all test-cuda soak test-oldest lint format types check lock clean help
 
@@ -18,10 +19,10 @@ demo: $(STAMP) ## the main job: train a small Llama in two stages and audit it
 	$(BIN)/frostline demo
 
 test: $(STAMP) ## every fast test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(STAMP) ## every test, slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-cuda: $(STAMP) ## what needs a CUDA device
 	$(BIN)/python -m pytest -m cuda
@@ -30,7 +31,7 @@ OLDEST := .venv-oldest
 test-oldest: ## the core suite on the oldest supported transformers
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.14.0 -e '.[dev]'
-	$(OLDEST)/bin/python -m pytest -m "not slow" --ignore tests/anatomy/test_all_types.py --ignore tests/anatomy/test_slice_proof.py --ignore tests/anatomy/test_layouts.py
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(PARALLEL) --ignore tests/anatomy/test_all_types.py --ignore tests/anatomy/test_slice_proof.py --ignore tests/anatomy/test_layouts.py
 
 soak: $(STAMP) ## one demo-sized run killed 100 times, against the same run left alone
 	rm -rf runs/soak
