@@ -89,7 +89,7 @@ def shape(row: Row, name: str) -> Shape:
     if missing and not row.is_text:
         also = [n for n, fits in CHECKS.items() if fits(row.values)]
         hint = (
-            f"; it looks like the format {also[0]}, but a file is one format: split it, or give `data.format`"
+            f"; it looks like the format {also[0]}: give that as `data.format`, or split a file that holds several"
             if also
             else f". {_unknown(row.values)}"
         )
