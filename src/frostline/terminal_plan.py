@@ -50,6 +50,9 @@ def print_plan(console: Console, planned: Planned) -> None:
     for s in plan.stages if len(plan.stages) <= FEW else ():
         if s.cost.prefix_flops:
             console.print(_prefix_line(s, outlooks.get(s.name)), highlight=False)
+    for s in plan.stages if len(plan.stages) <= FEW else ():
+        if s.cost.host_bytes:
+            console.print(_host_line(s), highlight=False)
     for s in plan.stages:
         for part in folded(s.cost.unreached):
             console.print(f"stage {s.name}: {part} is to learn, and no gradient reaches it", highlight=False)
@@ -103,6 +106,13 @@ def _prefix_line(stage: StagePlan, outlook: Outlook | None) -> str:
         f"stage {stage.name}: {100 * share:.0f} % of a step lies below {stage.cost.frontier} and repeats every epoch; "
         f"to keep its result takes {format_bytes(stage.cost.prefix_bytes_per_token)} per token, {held}"
         + (f"; {says_outlook(outlook)}" if outlook else "")
+    )
+
+
+def _host_line(stage: StagePlan) -> str:
+    return (
+        f"stage {stage.name}: gradients, copies and optimizer state are in the host's memory, at most "
+        f"{format_bytes(stage.cost.host_bytes)}; the peak is the device's alone"
     )
 
 

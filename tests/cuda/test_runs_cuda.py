@@ -167,6 +167,48 @@ def test_planned_bytes_are_those_the_allocator_gives(tmp_path: Path, precision: 
     assert check.planned_peak_bytes == pytest.approx(measured, rel=0.05)
 
 
+OFFLOADED = {"name": "adamw", "device": "cpu"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("learn", ["ffn", "layers[1].attn.heads[0:2] | embed.rows[3:9,12]"])
+def test_leaves_in_the_hosts_memory_learn_what_they_learn_beside_the_model(
+    tmp_path: Path, learn: str, precision: str
+) -> None:
+    beside = run(tmp_path, out="beside", stages=[stage(learn)], precision=precision)
+    apart = run(tmp_path, out="apart", stages=[stage(learn, optimizer=OFFLOADED)], precision=precision)
+    assert apart.audit.passed, [e for e in apart.audit.evidence if not e.passed]
+    first, second = weights(beside.folder), weights(apart.folder)
+    within = 1e-5 if precision == "fp32" else 2e-2
+    assert all(torch.allclose(first[n].float(), second[n].float(), rtol=within, atol=within) for n in first)
+
+
+def test_offloaded_leaves_take_nothing_of_the_device_and_the_plan_says_so(tmp_path: Path) -> None:
+    fields = {"data": {"train": str(tiny.write_text(tmp_path / "t.txt", n_words=40_000)), "length": 512, "batch": 8}}
+    peaks: list[int] = []
+
+    def watch(event: object) -> None:
+        if isinstance(event, StepDone):
+            peaks.append(torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+    warm_up()
+    before = torch.cuda.memory_allocated()
+    stages = [stage("ffn", optimizer=OFFLOADED)]
+    (check,) = run(tmp_path, model=BIG, stages=stages, observers=[watch], **fields).checks
+    assert check.flops_agree, check
+    assert check.planned_peak_bytes == pytest.approx(max(peaks[1:]) - before, rel=0.05)
+
+
+def test_an_interrupted_offloaded_run_ends_with_the_bytes_of_one_left_alone(tmp_path: Path) -> None:
+    stages = [stage("ffn", optimizer=OFFLOADED, steps=6)]
+    whole = run(tmp_path, out="whole", stages=stages, precision="bf16")
+    stopped = run(tmp_path, out="stopped", stages=stages, precision="bf16", observers=[stop_after(4)])
+    assert resume(stopped.folder).audit.passed
+    first, second = weights(whole.folder), weights(stopped.folder)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 @pytest.mark.parametrize("layout", ["packed", "padded", "flat"])
 def test_documents_are_kept_apart_in_every_layout(tmp_path: Path, layout: str, precision: str) -> None:

@@ -34,6 +34,11 @@ def check_installed(name: str) -> None:
         raise RecipeError(f"the optimizer {name} needs {library}: pip install 'frostline[{library}]'")
 
 
+def leaf_device(stage: Stage) -> torch.device | None:
+    """Where a stage's leaves are; None: where the model is."""
+    return torch.device(stage.spec.optimizer.device) if stage.spec.optimizer.device else None
+
+
 class Optimizers:
     """One optimizer, or several for different leaves, as one. Every group has a `peak_lr` beside its `lr`."""
 
@@ -138,6 +143,11 @@ def make_optimizer(owned: Sequence[Owned], stage: Stage) -> Optimizers:
         raise RecipeError(
             f"{spec.name} treats a matrix as one thing, and {sharded} is spread over processes: "
             f"use one of {', '.join(BY_ELEMENT)}"
+        )
+    if sharded and spec.device is not None:
+        raise RecipeError(
+            f"optimizer.device: {sharded} is spread over processes, and its parts are updated where they are; leave "
+            "`device` out"
         )
     group_of = {s: g for g in stage.groups for s in g.slices}
     matrices = _matrices(stage.selection.anatomy)

@@ -13,7 +13,9 @@ tensor: indexing a DTensor gives a copy, and writing to that changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 
@@ -44,6 +46,8 @@ class Owned:
 
     is_copy: bool
     """Whether `value` must be written back."""
+    is_offloaded: bool = False
+    """Whether `value` is in the host's memory, and the model is not."""
 
     @property
     def is_sharded(self) -> bool:
@@ -64,14 +68,15 @@ class Owned:
     def add_gradient(self, packed: torch.Tensor) -> None:
         """Add this slice's part of the parameter's gradient to the leaf's."""
         gradient = take(local_part(packed), self.local).reshape(self.value.shape) if self.value.numel() else None
-        if gradient is None:
-            gradient = torch.zeros_like(self.value)
-        if self.value.grad is None:
-            own = gradient.to(self.value)
-            as_it_was = own is gradient  # and may be a view of the packed gradient, which is cleared
-            self.value.grad = own.clone(memory_format=torch.contiguous_format) if as_it_was else own.contiguous()
-        else:
-            self.value.grad.add_(gradient.to(self.value))
+        with host_side(self.is_offloaded):
+            if gradient is None:
+                gradient = torch.zeros_like(self.value)
+            if self.value.grad is None:
+                own = gradient.to(self.value)
+                as_it_was = own is gradient  # and may be a view of the packed gradient, which is cleared
+                self.value.grad = own.clone(memory_format=torch.contiguous_format) if as_it_was else own.contiguous()
+            else:
+                self.value.grad.add_(gradient.to(self.value))
 
 
 class Ownership:
@@ -88,6 +93,11 @@ class Ownership:
         for o in self.owned:
             self._of.setdefault(o.piece.tensor, []).append(o)
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether what learns has its leaves in the host's memory, and the model is not there: all of them or none."""
+        return any(o.is_offloaded for o in self.owned)
+
     def write_back(self) -> None:
         """Copy every leaf that is a copy into its place in the model."""
         with torch.no_grad():
@@ -102,13 +112,15 @@ class Ownership:
 
     def scale(self, max_norm: float, norm: torch.Tensor) -> None:
         """Scale the gradients, whose norm is `norm`, down to `max_norm`."""
-        torch.nn.utils.clip_grads_with_norm_([o.value for o in self.owned], max_norm, norm)
+        with host_side(self.is_offloaded):
+            torch.nn.utils.clip_grads_with_norm_([o.value for o in self.owned], max_norm, norm)
 
     def norm(self) -> torch.Tensor:
         """The L2 norm of the gradients over all that learns; shape ()."""
         values = [o.value for o in self.owned]
         if not any(o.is_sharded for o in self.owned):
-            return torch.nn.utils.get_total_norm([v.grad for v in values if v.grad is not None])
+            with host_side(self.is_offloaded):
+                return torch.nn.utils.get_total_norm([v.grad for v in values if v.grad is not None])
         sharded = next(o.parameter for o in self.owned if o.is_sharded)
         # one type on all ranks, whatever a rank holds; fp64, because fp32 squares overflow from norms of 1e19 on
         squares = torch.zeros((), dtype=torch.float64, device=local_part(sharded).device)
@@ -165,6 +177,7 @@ def own(
     """Own disjoint `slices` of `parameters`, one leaf each, in the parameters' dtype and place by default.
 
     `master_dtype`: of the leaves of parameters whose own dtype is narrower; no leaf is narrower than its parameter.
+    `device`: where all leaves are, copies where the parameters are elsewhere.
     """
     return Ownership(_owned(parameters[s.tensor], s, master_dtype, device) for s in slices)
 
@@ -173,13 +186,48 @@ def _owned(parameter: nn.Parameter, piece: Slice, dtype: torch.dtype | None, dev
     part = local_part(parameter)
     local = local_slice(piece, parameter)
     dtype = dtype if dtype is not None and dtype.itemsize > part.element_size() else None
-    as_it_is = dtype is None and device in (None, part.device)
+    elsewhere = device is not None and (device != part.device or as_if_elsewhere())
+    as_it_is = dtype is None and not elsewhere
     if as_it_is and local == whole(piece.tensor, part.shape) and part.is_contiguous():
         value = parameter if part is parameter else nn.Parameter(part.detach().view(leaf_shape(part.shape)))
         return Owned(piece=piece, parameter=parameter, local=local, value=value, is_copy=False)
-    copy = take(part.detach(), local).to(dtype=dtype, device=device, copy=True)
-    value = nn.Parameter(copy.reshape(leaf_shape(local.shape)).contiguous())
-    return Owned(piece=piece, parameter=parameter, local=local, value=value, is_copy=True)
+    with host_side(elsewhere):
+        copy = take(part.detach(), local).to(dtype=dtype, device=device, copy=True)
+        value = nn.Parameter(copy.reshape(leaf_shape(local.shape)).contiguous())
+    return Owned(piece=piece, parameter=parameter, local=local, value=value, is_copy=True, is_offloaded=elsewhere)
+
+
+_thread = threading.local()
+
+
+def on_host() -> bool:
+    """Whether this thread is at work on leaves in the host's memory, the model being elsewhere: for counting bytes."""
+    return bool(getattr(_thread, "host", False))
+
+
+@contextmanager
+def host_side(offloaded: bool) -> Iterator[None]:
+    """Inside, `on_host` says so, where leaves are offloaded."""
+    before, _thread.host = on_host(), on_host() or offloaded
+    try:
+        yield
+    finally:
+        _thread.host = before
+
+
+def as_if_elsewhere() -> bool:
+    """Whether leaves that are to be on a device are made as if the model were on another one."""
+    return bool(getattr(_thread, "elsewhere", False))
+
+
+@contextmanager
+def model_elsewhere() -> Iterator[None]:
+    """Inside, they are; for a plan of another device, and for tests."""
+    before, _thread.elsewhere = as_if_elsewhere(), True
+    try:
+        yield
+    finally:
+        _thread.elsewhere = before
 
 
 def leaf_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ neighbouring numbers is lost. Weights in fp32 or wider are what the optimizer wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from frostline.anatomy import Slice, intersect, put, take
 from frostline.engine.optimizers import BY_ELEMENT, Optimizers
-from frostline.engine.owned import Owned, Ownership, relative
+from frostline.engine.owned import Owned, Ownership, host_side, relative
 from frostline.randomness import derive_seed
 
 Rounding = Literal["masters", "stochastic", "nearest"]
@@ -68,19 +68,33 @@ def update(
     """
     narrow = [o for o in ownership.owned if is_narrow(o.parameter) and o.value.grad is not None]
     measured = [o for o in narrow if not o.is_sharded] if measure else []
-    shown: dict[Slice, Shown] = {}
-    if rounding == "stochastic" and narrow:
-        shown = _step_by_chance(optimizer, ownership, seed=seed, measured={id(o) for o in measured})
-    else:
-        if measured and rounding == "nearest":
-            with _disable_current_modes():  # what is measured is no part of the step
-                shown = {o.piece: _would_show(optimizer, o, by_element=name in BY_ELEMENT) for o in measured}
-        optimizer.step()
-        if measured and rounding == "masters":
-            with _disable_current_modes():
-                shown = {o.piece: _shows(take(o.parameter.detach(), o.local), o.value.detach()) for o in measured}
+    with host_side(ownership.is_offloaded):
+        if rounding == "stochastic" and narrow:
+            shown = _step_by_chance(optimizer, ownership, seed=seed, measured={id(o) for o in measured})
+        else:
+            shown = _step_at_once(optimizer, rounding, measured, by_element=name in BY_ELEMENT)
     ownership.write_back()
     return shown
+
+
+def _step_at_once(
+    optimizer: Optimizers, rounding: Rounding, measured: Sequence[Owned], *, by_element: bool
+) -> dict[Slice, Shown]:
+    """A step of all leaves together."""
+    shown: dict[Slice, Shown] = {}
+    if measured and rounding == "nearest":
+        with _disable_current_modes():  # what is measured is no part of the step
+            shown = {o.piece: _would_show(optimizer, o, by_element=by_element) for o in measured}
+    optimizer.step()
+    if measured and rounding == "masters":
+        with _disable_current_modes():
+            shown = {o.piece: _shows(_weight(o), o.value.detach()) for o in measured}
+    return shown
+
+
+def _weight(o: Owned) -> torch.Tensor:
+    """What the model has of a leaf, where the leaf is."""
+    return take(o.parameter.detach(), o.local).to(o.value.device)
 
 
 def _step_by_chance(
@@ -186,7 +200,7 @@ def keep_masters(old: Ownership, new: Ownership) -> None:
                 assert here is not None
                 assert there is not None
                 values = take(other.value.detach().reshape(other.local.shape), there)
-                put(mine.value.detach().view(mine.local.shape), here, values)
+                put(mine.value.detach().view(mine.local.shape), here, values.to(mine.value.device))
 
 
 def _rank() -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy, Slice, put, reaches_outside, slice_from_json, slice_to_json, take
-from frostline.engine.optimizers import BY_ELEMENT, make_optimizer
+from frostline.engine.optimizers import BY_ELEMENT, leaf_device, make_optimizer
 from frostline.engine.owned import Owned, own
 from frostline.engine.rollback import Window
 from frostline.engine.rounding import Rounding, master_dtype
@@ -90,7 +90,8 @@ def reenter(
         for piece, values in state.weights.items():
             put(tensors[piece.tensor], piece, values.to(tensors[piece.tensor].device))
     let_learn(parameters, anatomy, stage)
-    ownership = own(parameters, [piece for piece, _ in state.leaves], master_dtype=master_dtype(rounding))
+    pieces = [piece for piece, _ in state.leaves]
+    ownership = own(parameters, pieces, master_dtype=master_dtype(rounding), device=leaf_device(stage))
     optimizer = make_optimizer(ownership.owned, stage)
     n_restored = 0
     for o, (_, kept) in zip(ownership.owned, state.leaves, strict=True):

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from frostline.anatomy import Anatomy, Slice, embedding_dropout, intersect, subtract, subtract_all, take
 from frostline.engine.dispatch import set_dispatch
-from frostline.engine.optimizers import BY_ELEMENT, Optimizers, leaves, make_optimizer
+from frostline.engine.optimizers import BY_ELEMENT, Optimizers, leaf_device, leaves, make_optimizer
 from frostline.engine.owned import Owned, Ownership, leaf_shape, local_slice, own, relative
 from frostline.engine.prefix import learns_before_blocks
 from frostline.engine.rounding import Rounding, Shown, keep_masters, master_dtype, update
@@ -80,7 +80,7 @@ def switch(
     let_learn(parameters, anatomy, stage)
     name = stage.spec.optimizer.name
     known = [piece for piece, stored in memory.items() if stored.optimizer == name]
-    ownership = own(parameters, leaves(stage, known), master_dtype=master_dtype(rounding))
+    ownership = own(parameters, leaves(stage, known), master_dtype=master_dtype(rounding), device=leaf_device(stage))
     if leaving is not None:
         keep_masters(leaving.ownership, ownership)
     optimizer = make_optimizer(ownership.owned, stage)

@@ -82,8 +82,10 @@ class StepMeters:
 
 
 def _held(active: Active) -> Iterator[torch.Tensor]:
-    """What a stage holds beside the model when a step begins: copies of slices and optimizer state."""
+    """What a stage holds beside the model, on its device, when a step begins: copies of slices and optimizer state."""
     for o in active.ownership.owned:
+        if o.is_offloaded:  # in the host's memory
+            continue
         if o.is_copy:
             yield o.value
         yield from (v for v in active.optimizer.state_of(o.value).values() if isinstance(v, torch.Tensor))

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from frostline.engine.linear_loss import gradient_kind
+from frostline.engine.owned import on_host
 from frostline.engine.recompute import recomputing
 from frostline.errors import PlanError
 from frostline.plan.cuda import allocated_bytes
@@ -42,6 +43,9 @@ class Meter(TorchDispatchMode):
         self.live_bytes = 0
         """Bytes of the storages made inside that are alive."""
         self.peak_bytes = 0
+        self.host_bytes = 0
+        """Of them, what offloaded leaves have in the host's memory, which `live_bytes` is without."""
+        self.host_peak_bytes = 0
         self.numbers_only_scale = False
         """Whether a number read from a tensor cannot change what is computed: while an optimizer steps."""
         self._storages: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
@@ -116,6 +120,9 @@ class Meter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage in self._storages or storage in self._given:
             return
+        if on_host():
+            self._at_host(storage)
+            return
         n = storage.nbytes() if self.device == "cpu" else allocated_bytes(storage.nbytes())
         self._storages[storage] = n
         self._last_dimension[storage] = tensor.shape[-1] if tensor.dim() > 1 else 0
@@ -125,6 +132,16 @@ class Meter(TorchDispatchMode):
 
     def _freed(self, n: int) -> None:
         self.live_bytes -= n
+
+    def _at_host(self, storage: torch.UntypedStorage) -> None:
+        """A tensor in the host's memory, where the model is on a device: it counts apart."""
+        self._storages[storage] = n = storage.nbytes()
+        self.host_bytes += n
+        self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
+        weakref.finalize(storage, self._freed_at_host, n)
+
+    def _freed_at_host(self, n: int) -> None:
+        self.host_bytes -= n
 
     def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were made before as alive."""

@@ -20,6 +20,7 @@ from torch import nn
 from frostline.anatomy import Anatomy, Component, Slice, find_blocks, intersect, module_of, parse_path
 from frostline.engine import Points, loss_of, next_token_loss, set_routes, step
 from frostline.engine.optimizers import FOREIGN, state_bytes
+from frostline.engine.owned import model_elsewhere
 from frostline.engine.recompute import recomputing
 from frostline.engine.rounding import Rounding, stepped_bytes
 from frostline.engine.stage_switch import Active, set_modes, switch
@@ -54,7 +55,9 @@ class StageCost:
     logit_bytes: int
     """Of these, tensors over the vocabulary."""
     peak_bytes: int
-    """The most that is alive at once, weights included."""
+    """The most that is alive at once, weights included; what is in the host's memory is not, for a device."""
+    host_bytes: int
+    """The most that offloaded leaves, their gradients and their state hold of the host's memory; 0 without them."""
     prefix_flops: int
     """Forward FLOPs below the frontier: what activations kept from another epoch would save."""
     prefix_bytes_per_token: int
@@ -80,7 +83,8 @@ class StageCost:
     @property
     def transient_bytes(self) -> int:
         """What the peak holds beyond everything named: gradients on their way, packed gradients, scratch."""
-        named = self.weight_bytes + self.gradient_bytes + self.state_bytes + self.copy_bytes + self.activation_bytes
+        kept = 0 if self.host_bytes else self.gradient_bytes + self.state_bytes + self.copy_bytes
+        named = self.weight_bytes + kept + self.activation_bytes
         return max(self.peak_bytes - named, 0)
 
 
@@ -121,14 +125,15 @@ def trace_stage(
     kernels = cuda_kernels() if device == "cuda" else nullcontext()
     with mode or nullcontext(), as_trained, kernels, watched_entry, meter:
         meter.numbers_only_scale = True
-        active = switch(parameters, anatomy, stage, memory={}, leaving=None, rounding=rounding)
+        with model_elsewhere() if device == "cuda" else nullcontext():
+            active = switch(parameters, anatomy, stage, memory={}, leaving=None, rounding=rounding)
         meter.numbers_only_scale = False
         enter_routes(points, stage)
         set_modes(model, stage)
         batches = micro_batches(rows, length, stage.spec.accumulate, shape=shape)
         for _ in range(2):  # the optimizer makes its state in the first
             meter.flops.clear()
-            meter.peak_bytes = meter.live_bytes
+            meter.peak_bytes, meter.host_peak_bytes = meter.live_bytes, meter.host_bytes
             step(model, batches, watch, seed=0, device=CPU, bf16=bf16)
             gradients = sum(o.value.grad.nbytes for o in active.ownership.owned if o.value.grad is not None)
             unreached = _parts(anatomy, [o.piece for o in active.ownership.owned if o.value.grad is None])
@@ -136,6 +141,7 @@ def trace_stage(
             update(active, by_formula=by_formula)
             meter.numbers_only_scale = False
         state = state_bytes(stage, stepped) if by_formula else _state_bytes(active)
+        offloaded = active.ownership.is_offloaded
         copies = sum(o.value.nbytes for o in active.ownership.owned if o.is_copy)
         active.ownership.release()
         if points is not None:
@@ -151,7 +157,8 @@ def trace_stage(
         copy_bytes=copies,
         activation_bytes=max(watch.alive),
         logit_bytes=max(watch.logits),
-        peak_bytes=weights + meter.peak_bytes + (state if by_formula else 0),
+        peak_bytes=weights + meter.peak_bytes + (state if by_formula and not offloaded else 0),
+        host_bytes=meter.host_peak_bytes + (state if by_formula and offloaded else 0),
         prefix_flops=watch.prefix_flops * stage.spec.accumulate,
         prefix_bytes_per_token=watch.entering_bytes * stage.spec.accumulate // n_tokens,
         unreached=unreached,

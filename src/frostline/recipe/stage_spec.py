@@ -59,6 +59,19 @@ class OptimizerSpec(Record):
     """Weight decay of the learning parts, except norms and biases; or `{part: decay, rest: decay}`."""
     decay_norms_and_biases: bool = False
     """Decay norms and biases too."""
+    device: Literal["cpu"] | None = None
+    """`cpu`: what learns is copied to the host's memory, and has its optimizer state and its update there; the model
+    stays where it computes. For weights and state that a device has no room for: every step moves all gradients to the
+    host and all weights back. Changes nothing on a CPU. Beside the model when left out."""
+
+    @model_validator(mode="after")
+    def _no_offload_of_what_is_small(self) -> OptimizerSpec:
+        if self.device is not None and self.name == "adamw8bit":
+            raise ValueError(
+                "adamw8bit keeps its state small beside the model, and `device: cpu` would move fp32 weights and "
+                "gradients for it at every step: leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_its_own_settings(self) -> OptimizerSpec:
