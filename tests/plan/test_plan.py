@@ -577,6 +577,17 @@ def test_a_weight_cast_for_a_product_is_memory_of_its_own_and_the_product_still_
     assert set(meter.flops) == {("w", "forward")}
 
 
+def test_a_mixture_with_a_large_vocabulary_is_planned_with_the_fused_loss() -> None:
+    costs = {}
+    for how in ("plain", "fused"):
+        source = source_of("mixtral")
+        anatomy = anatomy_of(source)
+        schedule = Schedule.of([("s", StageSpec(learn="experts", steps=1, lr=1e-3), select(anatomy, "experts"))])
+        costs[how] = make_plan(source, schedule, Batching(rows=2, length=48, loss=how)).stages[0].cost  # type: ignore[arg-type]
+    assert costs["fused"].activation_bytes < costs["plain"].activation_bytes
+    assert costs["fused"].of_kind("forward") == costs["plain"].of_kind("forward")
+
+
 def test_what_cannot_be_planned_is_one_error_without_torchs_traceback():
     said: list[logging.LogRecord] = []
     torch_says, listener = logging.getLogger("torch._subclasses.fake_tensor"), logging.Handler()

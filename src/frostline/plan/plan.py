@@ -22,7 +22,7 @@ from frostline.engine.rounding import Rounding
 from frostline.errors import FrostlineError, PlanError
 from frostline.model import Source, load_fake, untie
 from frostline.plan.alike import Build, Layout, builds, exchanged, layout
-from frostline.plan.meter import KINDS, Device
+from frostline.plan.meter import KINDS, Device, Meter
 from frostline.plan.shapes import StepShape
 from frostline.plan.trace import StageCost, trace_stage
 from frostline.schedule import Schedule, Stage
@@ -141,7 +141,7 @@ def make_plan(
     anatomy = schedule.stages[0].selection.anatomy
     n_vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     at_once = batching.rows * batching.length // min(s.spec.accumulate for s in schedule.stages)
-    with plan_errors(anatomy.model_type), mode:
+    with plan_errors(anatomy.model_type), mode, Meter({}):  # which knows products that torch has for values alone
         language = choose_loss(batching.loss, model, anatomy, n_tokens=at_once).loss
 
     def trace(stage: Stage, shape: StepShape | None) -> StageCost:
