@@ -102,6 +102,7 @@ def run(job: Job) -> Result:
                 depends_on=dict,
                 worth=lambda stage: why_not_worth(plan, schedule, stage),
                 say=lambda _stage, value, why: said.append(f"{value}: {why}"),
+                rows_of=lambda step: order[step] if step < len(order) else (),
             ),
         )
 
@@ -115,7 +116,7 @@ def run(job: Job) -> Result:
             model,
             anatomy,
             schedule,
-            batches,
+            cache.watched(batches),
             loss,
             folder=RunFolder.create(Path(folder) / "run"),
             settings=LoopSettings(
