@@ -17,6 +17,7 @@ ROWS: dict[str, float] = {
     "experiment": 8,
     "terminal": 8.5,
     "terminal_plan": 8.5,
+    "terminal_progress": 8.5,
     "terminal_moe": 8.5,
     "terminal_data": 8.5,
     "terminal_schedule": 8.5,

@@ -15,6 +15,18 @@ import torch
 from frostline.secrecy import command_without_secrets
 
 PACKAGES = ("frostline", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+MATTERS = (
+    "packages",
+    "python",
+    "platform",
+    "device",
+    "device_name",
+    "threads",
+    "float32_matmul_precision",
+    "deterministic_algorithms",
+    "cuda_matmul_allow_tf32",
+)
+"""What of it may change the bits that the same operations give; data and base apart."""
 
 
 def describe_environment(*, device: torch.device, data: Iterable[str | Path], base: str | None) -> dict[str, Any]:

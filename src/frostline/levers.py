@@ -19,26 +19,13 @@ from frostline.anatomy import Anatomy
 from frostline.data import Batch, Layout, files_to_hash, rows_at
 from frostline.engine import Chose, Observer, PrefixCache, PrefixSettings
 from frostline.engine.prefix import NoPrefixError, depth_of
-from frostline.environment import describe_environment
+from frostline.environment import MATTERS, describe_environment
 from frostline.errors import ModelError
 from frostline.plan import Plan, why_not_worth
 from frostline.recipe import Recipe
 from frostline.run_folder import RunFolder
 from frostline.schedule import Schedule, Stage
 from frostline.units import format_bytes
-
-MATTERS = (
-    "packages",
-    "python",
-    "platform",
-    "device",
-    "device_name",
-    "threads",
-    "float32_matmul_precision",
-    "deterministic_algorithms",
-    "cuda_matmul_allow_tf32",
-)
-"""What of the environment may change the bits of an activation."""
 
 FULL = 0.9
 """The share of a device's memory from which on a run is not begun without computing blocks again."""

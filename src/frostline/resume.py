@@ -16,7 +16,7 @@ from frostline.data import files_to_hash
 from frostline.engine import Observer
 from frostline.engine.record import cut_pieces, named_tensors
 from frostline.engine.run_state import RunState, from_files, misfits
-from frostline.environment import describe_environment
+from frostline.environment import MATTERS, describe_environment
 from frostline.errors import RunFolderError
 from frostline.levers import determinism
 from frostline.prepared import Prepared, choose_device
@@ -24,21 +24,6 @@ from frostline.ready import Ready, make_ready
 from frostline.recipe import Recipe, keys_of, load_recipe
 from frostline.run import RunResult, carry_out, run_name
 from frostline.run_folder import RunFolder, damaged_records
-
-MATTERS = (
-    "packages",
-    "python",
-    "platform",
-    "device",
-    "device_name",
-    "threads",
-    "float32_matmul_precision",
-    "deterministic_algorithms",
-    "cuda_matmul_allow_tf32",
-    "data",
-    "base",
-)
-"""What of the environment may change a run's numbers."""
 
 
 def resume(
@@ -177,7 +162,7 @@ def _differences(folder: RunFolder, recipe: Recipe, checkpoint: Checkpoint | Non
     _check_there(folder, recipe, then)
     same = {key for key in ("data", "base") if then.get(key) and _hashes(then, key) == _hashes(now, key)}
     out = []
-    for key in (k for k in MATTERS if k not in same):
+    for key in (k for k in (*MATTERS, "data", "base") if k not in same):
         old, new = _flat(key, then.get(key)), _flat(key, now.get(key))
         out += [f"{k}: {old.get(k)} → {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
     return [*out, *(_edits(checkpoint, recipe, moved=same) if checkpoint else [])]

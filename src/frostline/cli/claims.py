@@ -58,8 +58,9 @@ def demo(
     from frostline.experiment.claims import claims_to_json
     from frostline.experiment.demo import run_demo
     from frostline.experiment.report import write_report
-    from frostline.terminal import ProgressLines, print_demo
+    from frostline.terminal import print_demo
     from frostline.terminal_plan import print_checks
+    from frostline.terminal_progress import ProgressLines
 
     console = make_console(stderr=as_json)
     with ProgressLines(console) as progress:

@@ -39,7 +39,7 @@ def train(
     """Train as a recipe says, and audit the run."""
     from frostline.recipe import load_recipe
     from frostline.run import train as train_run
-    from frostline.terminal import ProgressLines
+    from frostline.terminal_progress import ProgressLines
 
     console = make_console(stderr=as_json)
     loaded = load_recipe(recipe, overrides=overrides or [])
@@ -66,7 +66,7 @@ def resume(
 ) -> None:
     """Go on with a run, to the bytes it would have had without the stop."""
     from frostline.resume import resume as resume_run
-    from frostline.terminal import ProgressLines
+    from frostline.terminal_progress import ProgressLines
 
     console = make_console(stderr=as_json)
 

@@ -11,7 +11,7 @@ from pydantic.types import Strict
 
 from frostline.recipe.base import Record
 from frostline.recipe.moe_spec import MoeSpec
-from frostline.recipe.stage_spec import OptimizerSpec, Rate, Rates, name_alone
+from frostline.recipe.stage_spec import OptimizerSpec, Rate, Rates, check_one_duration, name_alone
 
 Steps = Annotated[int, Field(ge=1)]
 
@@ -28,10 +28,7 @@ class DurationSpec(Record):
 
     @model_validator(mode="after")
     def _one(self) -> DurationSpec:
-        given = [n for n in ("steps", "tokens", "epochs") if getattr(self, n) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) if given else "none of them"
-            raise ValueError(f"give one of steps, tokens and epochs; found {found}")
+        check_one_duration(steps=self.steps, tokens=self.tokens, epochs=self.epochs)
         return self
 
 

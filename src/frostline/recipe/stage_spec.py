@@ -86,6 +86,14 @@ def name_alone(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+def check_one_duration(**durations: float | None) -> None:
+    """Raise `ValueError` unless exactly one is given."""
+    given = [n for n, value in durations.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) if given else "none of them"
+        raise ValueError(f"give one of steps, tokens and epochs; found {found}")
+
+
 class PlateauSpec(Record):
     """When a stage ends before its time: the held-out loss no longer falls."""
 
@@ -151,10 +159,7 @@ class StageSpec(Record):
 
     @model_validator(mode="after")
     def _one_duration(self) -> StageSpec:
-        given = [n for n in ("steps", "tokens", "epochs") if getattr(self, n) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) if given else "none of them"
-            raise ValueError(f"give one of steps, tokens and epochs; found {found}")
+        check_one_duration(steps=self.steps, tokens=self.tokens, epochs=self.epochs)
         return self
 
     @model_validator(mode="after")
