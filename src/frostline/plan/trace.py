@@ -76,8 +76,8 @@ class StageCost:
 
     @property
     def resident_bytes(self) -> int:
-        """By about how much a process on the CPU grows: the peak, a fifth of it for the allocator and scratch of kernels,
-        and 150 MB for libraries loaded late (fitted to `benchmarks/plan_memory.py`)."""
+        """By about how much a process on the CPU grows: the peak, a fifth of it for the allocator and scratch of
+        kernels, and 150 MB for libraries loaded late (fitted to `benchmarks/plan_memory.py`)."""
         return int(1.2 * self.peak_bytes + 150e6)
 
     @property
