@@ -76,7 +76,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
         """The first step begins."""
         self.n_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.recomputes = model.is_gradient_checkpointing
+        self.recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         self.meter.start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
