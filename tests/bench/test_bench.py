@@ -114,6 +114,12 @@ def test_void_and_failed_runs_do_not_count() -> None:
     assert "| 2.00 |" in table(ours.values())
 
 
+def test_promises_have_names_of_their_own_and_cells_that_are_measured() -> None:
+    keys = [(p.cell, p.name) for p in promises.PROMISES]
+    assert len(set(keys)) == len(keys)
+    assert {cell for cell, _ in keys} <= {str(c) for c in all_cells()}
+
+
 def test_a_promise_fails_by_its_floor_and_by_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promises, "TARGETS", tmp_path / "targets.json")
     cell = "last-2 llama-8k 512 fp32"

@@ -287,3 +287,13 @@ def test_of_every_type_it_is_the_plain_loss_or_refused(model_type: str) -> None:
         plain = next_token_loss(model, batch)
         torch.manual_seed(0)
         assert FusedLoss(head)(model, batch).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_one_chunk_of_logits_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, d, v = 64, 8, 512
+    monkeypatch.setitem(linear_loss_module.CHUNK_ELEMENTS, "cpu", 16 * v)
+    x, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d)
+    with Meter({"x": x, "w": w}) as meter:
+        linear_cross_entropy(x, w, None, torch.arange(n)).backward()
+    chunk = 4 * 16 * v
+    assert chunk <= meter.peak_bytes < 1.5 * chunk

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
-"""Logits that are alive at once, about: 32 MiB in fp32 on a CPU, 256 MiB on CUDA, whose products want many rows; twice.
+"""Logits that are alive at once, about: 32 MiB in fp32 on a CPU, 256 MiB on CUDA, whose products want many rows.
 Measured in `benchmarks/fused_loss.py` and `benchmarks/bench/gpu.py`."""
 
 _thread = threading.local()
@@ -76,11 +76,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, n, rows):
             x_CD, labels_C1 = hidden_ND[start : start + rows], labels_N[start : start + rows, None]
             p_CV = functional.linear(x_CD, weight_VD, bias_V).to(wide)
-            p_CV = torch.log_softmax(p_CV, dim=-1)
+            torch.log_softmax(p_CV, dim=-1, out=p_CV)
             total -= p_CV.gather(1, labels_C1).sum()
             if any(wanted):
-                g_CV = p_CV.exp_().scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=wide))
-                _add_gradients(g_CV, x_CD, weight_VD, dx[start : start + rows] if dx is not None else None, dw, db)
+                p_CV.exp_().scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=wide))
+                _add_gradients(p_CV, x_CD, weight_VD, dx[start : start + rows] if dx is not None else None, dw, db)
+            del p_CV  # before the next chunk's are made
         ctx.gradients = (dx, dw, db)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
         return total
