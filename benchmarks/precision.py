@@ -65,7 +65,7 @@ def run(name: str, args: argparse.Namespace, precision: str, rounding: str | Non
         "passed": result.audit.passed,
         "losses": [r["loss"] for r in rows if "loss" in r],
         "held_out": [r["held_out_loss"] for r in rows if "held_out_loss" in r][-1],
-        "peak": max(c.measured_peak_bytes for c in result.checks),
+        "peak": max((c.measured_peak_bytes or 0 for c in result.checks), default=0) or None,  # compiled: none
         "agree": all(c.flops_agree for c in result.checks),
         "graphs": proofs[-1].n_graphs if proofs else 0,
         "by_stage": [p.proof.n_graphs for p in proofs],
@@ -101,7 +101,7 @@ def main() -> int:
                 f"{row['losses'][-1]:.4f}",
                 f"{off:.1e}",
                 f"{row['held_out']:.4f}",
-                format_bytes(row["peak"]),
+                format_bytes(row["peak"]) if row["peak"] is not None else "–",
                 " + ".join(map(str, row["by_stage"])) or "–",
                 f"{row['warm_up']:.1f} s" if row["by_stage"] else "–",
                 f"{1000 * row['seconds']:.0f} ms",
