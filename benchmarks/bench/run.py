@@ -128,7 +128,8 @@ def measure(name: str, job: Job, *, python: str) -> dict[str, Any]:
     )
     wall = time.monotonic() - started
     foreign = max(busy_seconds() - busy - (own_seconds() - own), 0.0) / wall
-    row = {"system": name, "job": asdict(job), "foreign": foreign, "void": foreign > VOID_ABOVE, "wall": wall}
+    said = {**asdict(job), "model": Path(job.model).name, "tokens": Path(job.tokens).name}
+    row = {"system": name, "job": said, "foreign": foreign, "void": foreign > VOID_ABOVE, "wall": wall}
     if done.returncode or not answer.exists():
         return {**row, "error": done.stderr.strip()[-2000:] or f"exit code {done.returncode}"}
     return {**row, **json.loads(answer.read_text())}

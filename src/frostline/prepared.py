@@ -176,10 +176,16 @@ def check_routes(skeleton: nn.Module, anatomy: Anatomy, schedule: Schedule) -> N
             raise RecipeError(f"stages[{stage.index}].routes: {error}") from None
 
 
-def plan_of(prepared: Prepared, *, recompute: bool | None = None, trust_remote_code: bool = False) -> Plan | None:
+def plan_of(
+    prepared: Prepared,
+    *,
+    recompute: bool | None = None,
+    trust_remote_code: bool = False,
+    failed: Callable[[str], None] = lambda _: None,
+) -> Plan | None:
     """The plan of a run; None where the model's cost cannot be predicted (it then trains all the same).
 
-    `recompute`: whether blocks are computed again, where the recipe leaves that open.
+    `recompute`: whether blocks are computed again, where the recipe leaves that open. `failed`: told why there is none.
     """
     recipe = prepared.recipe
     batching = batching_of(prepared, choose_device(recipe))
@@ -191,7 +197,8 @@ def plan_of(prepared: Prepared, *, recompute: bool | None = None, trust_remote_c
             untied=recipe.ties == "untie",
             trust_remote_code=trust_remote_code,
         )
-    except PlanError:
+    except PlanError as error:
+        failed(str(error))
         return None
 
 

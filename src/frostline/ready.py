@@ -67,7 +67,8 @@ def make_ready(
     loss = loss_for(prepared, model)
     always = recipe.evidence.flow_every is not None
     points = points_for(prepared.schedule, model, prepared.anatomy, always=always)
-    plan = plan_of(prepared, trust_remote_code=trust_remote_code)
+    unplanned: list[str] = []
+    plan = plan_of(prepared, trust_remote_code=trust_remote_code, failed=unplanned.append)
     chosen = recompute_for(recipe, plan, device)
     if chosen.value == "blocks":
         recompute_blocks([block for _, block in find_blocks(model)])
@@ -75,7 +76,11 @@ def make_ready(
             plan = plan_of(prepared, recompute=True, trust_remote_code=trust_remote_code)
     compiled = compile_blocks(model, prepared, device) if recipe.compile == "blocks" else None
     found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why))
-    settled = (*(c for c in found if getattr(recipe, c.setting) == "auto"), *experts_for(recipe, model))
+    settled = (
+        *(c for c in found if getattr(recipe, c.setting) == "auto"),
+        *experts_for(recipe, model),
+        *(Chose(setting="plan", value="none", why=why) for why in unplanned),
+    )
     for i, stage in enumerate(plan.stages if plan else ()):
         if not stage.cost.gradient_bytes:
             raise RecipeError(f"stages[{i}]: nothing of `{stage.learn}` gets a gradient: its routes cut all of it off")

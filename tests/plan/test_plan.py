@@ -19,6 +19,7 @@ from frostline import train
 from frostline.anatomy import Anatomy, find_blocks, read_anatomy
 from frostline.cli import app
 from frostline.data import read_documents, train_byte_bpe
+from frostline.engine import Chose
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError
 from frostline.model import load_fake, load_model, load_skeleton, save_model
@@ -611,3 +612,17 @@ def test_what_cannot_be_planned_is_one_error_without_torchs_traceback():
         assert said
     finally:
         torch_says.removeHandler(listener)
+
+
+def test_a_run_that_cannot_be_planned_says_so_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any, **__: Any) -> None:
+        raise PlanError("aten.mystery has no formula")
+
+    monkeypatch.setattr("frostline.prepared.make_plan", none)
+    events: list[Any] = []
+    result = train(tiny.recipe(tmp_path), out=tmp_path / "run", observers=[events.append])
+    assert result.audit.passed
+    assert ("plan", "none", "aten.mystery has no formula") in [
+        (e.setting, e.value, e.why) for e in events if isinstance(e, Chose)
+    ]
+    assert not (tmp_path / "run" / "plan.json").exists()
