@@ -133,7 +133,8 @@ def plot(lines: list[Line], to: Path) -> None:
     cells = [c for c in dict.fromkeys(line.cell for line in lines) if c in bare]
     systems = list(dict.fromkeys(line.system for line in lines))
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.2 + 0.13 * len(lines) + 0.25 * len(cells)), sharey=True)
-    colours = {s: pyplot.get_cmap("tab20")(i % 20) for i, s in enumerate(systems)}
+    ours, others = iter(("#2f9e44", "#0b5d1e")), iter(pyplot.get_cmap("Set3").colors * 2)
+    colours = {s: next(ours if s.startswith("Frostline") else others) for s in systems}
     ticks, at = [], 0.0
     for cell in cells:
         mine = [line for line in lines if line.cell == cell]
