@@ -223,3 +223,8 @@ def test_what_cannot_be_written_whole_leaves_nothing_behind(
         with pytest.raises(StorageError, match="No space left on device"):
             write()
         assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_folder_in_the_place_of_a_delta_says_the_order(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a folder, and no delta: frostline apply BASE DELTA"):
+        read_delta(tmp_path)

@@ -101,6 +101,8 @@ class Delta:
 
 def read_delta(path: str | Path) -> Delta:
     """Read a delta file; executes nothing. Raises `ModelError` when it is none, or damaged."""
+    if Path(path).is_dir():
+        raise ModelError(f"{path} is a folder, and no delta: frostline apply BASE DELTA… OUT")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

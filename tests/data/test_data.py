@@ -152,7 +152,11 @@ def test_bytes_that_are_not_utf_8_are_refused_with_byte_and_offset(tmp_path):
     [
         ("paper.pdf", b"%PDF-1.4 and only ASCII", "this is a PDF document, no text"),
         ("sheet.xlsx", b"PK\x03\x04", "this is a ZIP archive (.docx and .xlsx are such), no text"),
-        ("packed", gzip.compress(b"text"), "this is packed by gzip, which is unpacked where the name ends in .gz"),
+        (
+            "packed",
+            gzip.compress(b"text", mtime=0),
+            "this is packed by gzip, which is unpacked where the name ends in .gz",
+        ),
         ("table.csv", b"prompt;completion\na;b\n", ":1: the header is one column, 'prompt;completion': columns stand"),
         ("table.tsv", b"prompt,completion\na,b\n", "columns stand between commas in .csv, tabs in .tsv"),
     ],

@@ -694,7 +694,7 @@ def test_later_overrides_win(tmp_path):
     [
         ("stages[0].lr", "--set stages[0].lr: write key=value"),
         ("=3", "write a key as in stages[0].lr"),
-        ("stages[x].lr=1", "--set stages[x].lr: write a key as in stages[0].lr"),
+        ("stages[x].lr=1", "--set stages[x].lr=1: write a key as in stages[0].lr"),
         ("stages[-1].lr=1", "write a key as in stages[0].lr"),
         ("stages.[0].lr=1", "write a key as in stages[0].lr"),
         ("a..b=1", "write a key as in stages[0].lr"),

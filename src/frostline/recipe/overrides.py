@@ -31,10 +31,10 @@ def format_key(path: KeyPath) -> str:
     return out
 
 
-def parse_key(text: str) -> KeyPath:
-    """`stages[0].lr` → `("stages", 0, "lr")`. Raises `RecipeError`."""
+def parse_key(text: str, override: str) -> KeyPath:
+    """`stages[0].lr` → `("stages", 0, "lr")`. Raises `RecipeError` that names the whole `override`."""
     if not re.fullmatch(r"\w+(\[\d{1,6}\])*(\.\w+(\[\d{1,6}\])*)*", text):
-        raise RecipeError(f"--set {shortened(text)}: write a key as in stages[0].lr")
+        raise RecipeError(f"--set {shortened(override)}: write a key as in stages[0].lr, counted from 0")
     return tuple(int(p[1:-1]) if p[0] == "[" else p for p in re.findall(r"\w+|\[\d+\]", text) if p)
 
 
@@ -43,7 +43,7 @@ def apply_override(values: dict[str, Any], override: str) -> Override:
     key, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"--set {override}: write key=value, as in stages[0].lr=1e-4")
-    path = parse_key(key.strip())
+    path = parse_key(key.strip(), override)
     _check_has_stages(values, path, override)
     target: Any = values
     for i, part in enumerate(path[:-1]):
