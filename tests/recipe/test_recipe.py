@@ -756,7 +756,7 @@ def test_an_enormous_override_is_refused(tmp_path, override):
 @quick
 def test_a_key_reads_back_as_it_is_written(path):
     path = ("first", *path)
-    assert parse_key(format_key(path)) == path
+    assert parse_key(format_key(path), "") == path
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
