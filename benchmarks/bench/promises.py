@@ -60,7 +60,13 @@ def first(ours: str, theirs: str) -> Callable[[Found], Values | None]:
 def _ratios(found: Found, ours: str, theirs: str, of: Callable[[Line], Values]) -> Values | None:
     if ours not in found or theirs not in found:
         return None
-    return [a / b for a, b in zip(of(found[ours]), of(found[theirs]), strict=False)]
+    return paired(found[ours], found[theirs], of)
+
+
+def paired(ours: Line, theirs: Line, of: Callable[[Line], Values]) -> Values:
+    """The ratio of each of our runs to the one of theirs that was made nearest to it."""
+    other = dict(zip(theirs.places, of(theirs), strict=True))
+    return [a / other[min(other, key=lambda p: abs(p - at))] for at, a in zip(ours.places, of(ours), strict=True)]
 
 
 def peers(found: Found) -> list[Line]:
@@ -79,7 +85,7 @@ def against_fastest(of: Callable[[Line], Values], *, inverse: bool = False) -> C
         fastest = _fastest(found)
         if fastest is None or OURS_BEST not in found:
             return None
-        ratios = [a / b for a, b in zip(of(found[OURS_BEST]), of(fastest), strict=False)]
+        ratios = paired(found[OURS_BEST], fastest, of)
         return [1 / r for r in ratios] if inverse else ratios
 
     return value

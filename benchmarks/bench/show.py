@@ -20,6 +20,8 @@ class Line:
     cell: str
     system: str
     voids: int
+    places: list[int]
+    """Where the runs stand among all: what was made when."""
     firsts: list[float]
     """Tokens per second in the first epoch, its first step left out."""
     laters: list[float]
@@ -56,13 +58,13 @@ def lines_of(rows: Iterable[Row], *, void_too: bool = False) -> list[Line]:
     """The table's lines, cell by cell as they were first measured."""
     good: dict[tuple[str, str], list[Row]] = {}
     voids: Counter[tuple[str, str]] = Counter()
-    for row in rows:
+    for place, row in enumerate(rows):
         key = (row["cell"], row["system"])
         good.setdefault(key, [])
         if row["void"] and not void_too:
             voids[key] += 1
         elif "error" not in row:
-            good[key].append(row)
+            good[key].append({**row, "place": place})
     return [
         _line(cell, system, found, voids[cell, system], good.get((cell, BASE), []))
         for (cell, system), found in good.items()
@@ -78,6 +80,7 @@ def _line(cell: str, system: str, found: list[Row], voids: int, bare: list[Row])
         cell=cell,
         system=system,
         voids=voids,
+        places=[r["place"] for r in found],
         firsts=[s[0] for s in speeds],
         laters=[s[1] for s in speeds],
         peaks=[r["peak_bytes"] for r in found],

@@ -114,6 +114,13 @@ def test_void_and_failed_runs_do_not_count() -> None:
     assert "| 2.00 |" in table(ours.values())
 
 
+def test_a_ratio_is_to_the_run_that_was_made_nearest() -> None:
+    slow, fast = [1, 1, 1, 1.0], [1, 1, 0.5, 0.5]
+    rows = [row("bare loop", slow), row("TRL", slow), row("bare loop", fast), row("Frostline", fast)]
+    found = {line.system: line for line in lines_of(rows)}
+    assert promises.later("Frostline", "bare loop")(found) == [1.0]
+
+
 def test_promises_have_names_of_their_own_and_cells_that_are_measured() -> None:
     keys = [(p.cell, p.name) for p in promises.PROMISES]
     assert len(set(keys)) == len(keys)
