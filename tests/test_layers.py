@@ -60,6 +60,7 @@ ROWS: dict[str, float] = {
     "grouped": 1.5,
     "anatomy": 2,
     "recipe": 1,
+    "storage": 0.5,
     "errors": 0,
     "units": 0,
     "secrecy": 0,

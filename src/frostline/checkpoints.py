@@ -9,7 +9,6 @@ another name, never deleted. Read `Checkpoints.write`, then `Checkpoints.newest`
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from frostline.environment import hash_file
 from frostline.errors import StorageError
-from frostline.run_folder import storage_errors
+from frostline.storage import storage_errors, sync
 
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step-(\d{9})")
@@ -83,7 +82,7 @@ class Checkpoints:
                     old = target.with_name(f"{target.name}.tmp-old-{uuid4().hex[:8]}")
                     target.rename(old)
                 temporary.rename(target)
-                _sync(self.folder)
+                sync(self.folder)
                 reached("after rename")
                 if old is not None:
                     shutil.rmtree(old, ignore_errors=True)
@@ -97,16 +96,16 @@ class Checkpoints:
     ) -> None:
         for name, part in tensors.items():
             save_file(dict(part), folder / f"{name}.safetensors")
-            _sync(folder / f"{name}.safetensors")
+            sync(folder / f"{name}.safetensors")
             reached(f"after {name}")
         (folder / "state.json").write_text(json.dumps(data, ensure_ascii=False, sort_keys=True), encoding="utf-8")
-        _sync(folder / "state.json")
+        sync(folder / "state.json")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in sorted(folder.iterdir())}
         reached("before manifest")
         manifest = {"schema": 1, "run": self.run, "step": step, "files": files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(folder / MANIFEST)
-        _sync(folder)
+        sync(folder / MANIFEST)
+        sync(folder)
 
     def _check_space(self, n_bytes: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -205,11 +204,3 @@ def _set_aside(path: Path) -> Path:
     except OSError:
         return path
     return target
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -32,10 +32,11 @@ from frostline.anatomy import (
 from frostline.audit import audit
 from frostline.engine.record import named_tensors
 from frostline.errors import ModelError, RunFolderError
-from frostline.export import check_outside, finished, new_folder, whole
+from frostline.export import check_outside, finished, new_folder
 from frostline.model import Weights, load_model, load_tokenizer, save_model, untie
 from frostline.recipe import Recipe, load_recipe
 from frostline.run_folder import RunFolder, checkpoint_of
+from frostline.storage import appearing_whole
 from frostline.tokenizer_files import tokenizer_files, tokenizer_from_files
 
 
@@ -65,7 +66,7 @@ def export_delta(run: str | Path, out: str | Path) -> Path:
         "untied": recipe.ties == "untie",
         "sha256": {name: fingerprint(t) for name, t in (tensors | tokenizer).items()},
     }
-    with whole(target) as temporary:
+    with appearing_whole(target) as temporary:
         save_file(tensors | tokenizer, temporary, metadata={"frostline_delta": json.dumps(head)})
     return target
 
@@ -162,7 +163,7 @@ def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, tr
         tokenizer = tokenizer_from_files(carried, config=model.config, trust_remote_code=trust_remote_code)
     else:
         tokenizer = _tokenizer_of(base)
-    with whole(target) as temporary:
+    with appearing_whole(target) as temporary:
         save_model(model, tokenizer, temporary)
     return target
 

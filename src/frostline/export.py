@@ -6,16 +6,14 @@ Read `export_run` first.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from frostline.audit import audit
 from frostline.errors import FrostlineError, RunFolderError
 from frostline.recipe import ScratchModel, dump_yaml, load_recipe
-from frostline.run_folder import RunFolder, damaged_records, storage_errors, write_text
+from frostline.run_folder import RunFolder, damaged_records
+from frostline.storage import appearing_whole, write_text
 from frostline.units import format_count
 
 
@@ -30,7 +28,7 @@ def export_run(run: str | Path, out: str | Path) -> Path:
     if not verdict.passed:
         raise RunFolderError(f"{run}: its audit fails, so it is not exported; see `frostline audit {run}`")
     card = model_card(folder)
-    with whole(target) as temporary:
+    with appearing_whole(target) as temporary:
         temporary.mkdir(parents=True)
         for file in sorted(p for p in folder.model.rglob("*") if p.is_file()):
             copy = temporary / file.relative_to(folder.model)
@@ -38,24 +36,6 @@ def export_run(run: str | Path, out: str | Path) -> Path:
             shutil.copyfile(file, copy)
         write_text(temporary / "README.md", card)
     return target
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A place beside `target` that becomes it at the end; nothing is left of it when something fails."""
-    temporary = target.with_name(f".{target.name}.tmp-{uuid4().hex[:8]}")
-    try:
-        with storage_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            if target.is_dir():
-                target.rmdir()
-            temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if temporary.is_file():
-            temporary.unlink()
-        raise
 
 
 def finished(run: str | Path) -> RunFolder:

@@ -28,9 +28,10 @@ from frostline.environment import describe_environment, hash_file
 from frostline.errors import FrostlineError
 from frostline.model import save_model
 from frostline.recipe import StageSpec
-from frostline.run_folder import RunFolder, State, storage_errors
+from frostline.run_folder import RunFolder, State
 from frostline.schedule import Schedule, norms_and_biases
 from frostline.selection import Selection, select
+from frostline.storage import storage_errors
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from frostline.prepared import Prepared, choose_device
 from frostline.ready import Ready, make_ready
 from frostline.recipe import Recipe, keys_of, load_recipe
 from frostline.run import RunResult, carry_out, run_name
-from frostline.run_folder import RunFolder, damaged_records
+from frostline.run_folder import RunFolder, damaged_records, rewind
 
 
 def resume(
@@ -65,7 +65,7 @@ def resume(
         ready = make_ready(recipe, choice=choice, trust_remote_code=trust_remote_code, say=say)
         with damaged_records(folder.path):
             state = _state(checkpoint, ready, folder) if checkpoint else None
-        folder.rewind(state.records if state else {})
+        rewind(folder, state.records if state else {})
         _remember(folder, differences, state.step if state else 0)
         folder.write_status("running", step=state.step if state else 0)
         say(f"going on after step {state.step}" if state else "no checkpoint was written yet: starting again")

@@ -36,9 +36,10 @@ from frostline.plan import StageCheck, StepMeters, check_plan, checks_to_json, p
 from frostline.prepared import Prepared, choose_device
 from frostline.ready import Ready, make_ready
 from frostline.recipe import Recipe, dump_yaml, load_recipe
-from frostline.run_folder import RunFolder, State, storage_errors, write_text
+from frostline.run_folder import RunFolder, State
 from frostline.saver import Saver
 from frostline.sets import held_out_bytes
+from frostline.storage import storage_errors, write_text
 
 FLOW_EVERY = 50
 """Steps between measurements of where gradients go, in a run with gradient routes whose recipe does not say."""

@@ -234,7 +234,7 @@ def test_a_disk_that_fails_ends_the_run_with_a_message_and_loses_nothing(
     tmp_path: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     calls = [0]
-    original: Callable[[Path], None] = checkpoints._sync
+    original: Callable[[Path], None] = checkpoints.sync
 
     def fail(path: Path) -> None:
         calls[0] += 1
@@ -242,7 +242,7 @@ def test_a_disk_that_fails_ends_the_run_with_a_message_and_loses_nothing(
             raise OSError(number, os.strerror(number))
         original(path)
 
-    monkeypatch.setattr(checkpoints, "_sync", fail)
+    monkeypatch.setattr(checkpoints, "sync", fail)
     with pytest.raises(StorageError, match="cannot write"):
         train(recipe(tmp_path), out=tmp_path / "run")
     monkeypatch.undo()

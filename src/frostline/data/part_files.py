@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from frostline.data.sources import SHOWN, Tally
 from frostline.data.store import Block
-from frostline.run_folder import storage_errors
+from frostline.storage import storage_errors
 
 FILES = {
     "tokens": torch.int32,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from frostline.data.store import Store
 from frostline.environment import PACKAGES, hash_file, package_version
 from frostline.errors import DataError
 from frostline.recipe import DataSpec, SourceSpec, plain, source_of
-from frostline.run_folder import storage_errors
+from frostline.storage import storage_errors, sync
 
 MANIFEST = "MANIFEST.json"
 NOT_FOR_TOKENS = ("train", "held_out", "length", "batch", "layout", "long", "apart", "cache", "workers")
@@ -176,10 +175,10 @@ def _join(partial: Path, folder: Path, tally: Tally) -> None:
         reached("before manifest")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*_flat(temporary), temporary / MANIFEST, temporary):
-            _sync(path)
+            sync(path)
         reached("before rename")
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         reached("after rename")
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -230,14 +229,6 @@ def _mapped(path: Path, dtype: torch.dtype) -> torch.Tensor:
 
 def _flat(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.bin"))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def reached(point: str) -> None:

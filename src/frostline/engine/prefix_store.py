@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from frostline.errors import StorageError
-from frostline.run_folder import storage_errors, write_text
+from frostline.storage import storage_errors, write_text
 
 ENTRY = struct.Struct("<QII")
 MARK = 0x66726F73

@@ -32,9 +32,10 @@ from frostline.engine.optimizers import leaves, state_bytes
 from frostline.engine.owned import Ownership
 from frostline.engine.rounding import Rounding, Shown, n_shown, stepped_bytes
 from frostline.errors import RunFolderError
-from frostline.run_folder import Boundary, RunFolder, StageRecord, damaged_records, storage_errors
+from frostline.run_folder import Boundary, RunFolder, StageRecord, damaged_records
 from frostline.schedule import Schedule, Stage
 from frostline.selection import Selection
+from frostline.storage import storage_errors
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ from frostline.engine.stage_switch import Active, Memory, set_modes, switch
 from frostline.engine.step import Countable, LossFunction
 from frostline.errors import NonFiniteError, RecipeError, RouteError
 from frostline.randomness import derive_seed
-from frostline.run_folder import RunFolder
+from frostline.run_folder import RunFolder, record_sizes
 from frostline.schedule import Schedule, Stage, plateaued
 
 
@@ -333,7 +333,7 @@ class _Loop:
             n_skipped=self.n_skipped,
             recent=tuple(self.recent),
             left_out=tuple(self.left_out),
-            records=self.folder.record_sizes(),
+            records=record_sizes(self.folder),
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from frostline.run_folder import write_text
+from frostline.storage import write_text
 from frostline.survey import Survey
 
 

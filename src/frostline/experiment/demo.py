@@ -17,7 +17,8 @@ from frostline.experiment.samples import Sample, sample_run, samples_to_json
 from frostline.model import load_model, load_tokenizer
 from frostline.recipe import load_recipe
 from frostline.run import RunResult, train
-from frostline.run_folder import RunFolder, write_text
+from frostline.run_folder import RunFolder
+from frostline.storage import write_text
 
 PROMPTS = ("The for statement", "def ", "An exception is raised when")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from frostline.errors import RecipeError
 from frostline.lr_range import RangeTest
-from frostline.run_folder import storage_errors
+from frostline.storage import storage_errors
 
 
 def check_plot(path: Path) -> None:

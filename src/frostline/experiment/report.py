@@ -18,7 +18,8 @@ from frostline.experiment.evaluation_section import evaluation_section
 from frostline.experiment.experts_section import experts_section
 from frostline.experiment.flow_section import flow_section
 from frostline.folding import fold
-from frostline.run_folder import RunFolder, damaged_records, write_text
+from frostline.run_folder import RunFolder, damaged_records
+from frostline.storage import write_text
 from frostline.units import format_bytes, format_changes, format_count, format_flops
 
 Page = dict[str, Any]

@@ -1,121 +1,31 @@
-"""The run folder: every file name in it, and the schema of the evidence. The engine writes, the audit reads.
+"""The run folder itself: the name of every file in it, opening it, and reading and writing its records.
 
-    recipe.yaml               the resolved recipe
-    environment.json          versions, threads, dtype flags, hashes of data and base, the command
-    anatomy.json              every part: tensors and index ranges
-    schedule.json             stages: boundaries, settings, the slices that learn
-    status.json               running, finished, interrupted or failed, and after which step
-    metrics.jsonl             loss, learning rate, gradient norm per step; held-out losses: what the seed determines
-    endings.jsonl             how each stage ended: when, why, what moved, buffers put back
-    timing.jsonl              clocks, tokens per second, memory
-    plan.json                 what the run was to cost, against a metered step of every stage
-    evidence/
-      boundary-0.json …       SHA-256 of every piece at the start and after each stage
-      entry-0.safetensors …   the values that a stage starts to train, as they were
-      gradients.jsonl         gradient norm per learning piece at sampled steps
-      updates.jsonl           how much of a sampled step the weights show, when they are kept in bf16
-      model-files.json        SHA-256 of every file of the saved model
-      flow.jsonl              where gradients go, at sampled steps, when that was measured
-      load.jsonl              choices that each expert got, and those dropped, per step, when a stage has `moe`
-      likeness.jsonl          how alike the experts of each layer are, at the start and at each stage's end, then too
-      choice.json             what selections by use or by a file were resolved to, and from what
-    checkpoints/              where an interrupted run goes on from
-    lock                      held by the process that works on the run
-    model/                    the trained model; plain transformers loads it
-    expansion.json            the named schedule that the stages come from, when there was one, and what it measured
-    claims.json, samples.json, report.html   when they were asked for
-
-A *piece* is a slice of one component that every stage treats as one: all of it learns, or none of it.
-Read `RunFolder` first.
+The folder's tree stands in the package's docstring. Read `RunFolder`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 
-from frostline.anatomy import (
-    Anatomy,
-    Slice,
-    anatomy_from_json,
-    anatomy_to_json,
-    slice_from_json,
-    slice_to_json,
-)
-from frostline.errors import FrostlineError, RunFolderError, StorageError
+from frostline.anatomy import Anatomy, anatomy_from_json, anatomy_to_json, slice_from_json, slice_to_json
+from frostline.errors import FrostlineError, RunFolderError
+from frostline.run_folder.records import Boundary, GradientSample, StageRecord, State, UpdateSample
 from frostline.secrecy import without_secrets
+from frostline.storage import storage_errors, write_text
 
 SCHEMA = 1
 """Version of every JSON file in a run folder."""
 
-State = Literal["running", "finished", "interrupted", "failed"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Boundary:
-    """The state of every tensor before the first step, or after a stage's last one."""
-
-    index: int
-    """0 at the start; k after stage k-1 (0-based)."""
-    step: int
-    """Steps done."""
-    hashes: dict[str, str]
-    """Piece (as text) → SHA-256 of its bytes."""
-    derived: tuple[str, ...] = ()
-    """Buffers that a plain forward pass rewrites itself; listed at boundary 0, not held to be frozen."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageRecord:
-    """One stage as it was resolved."""
-
-    index: int
-    name: str
-    learn: str
-    start: int
-    end: int
-    n_learning: int
-    """Parameters that learn."""
-    learning: tuple[Slice, ...]
-    """The slices that learn, one per piece."""
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GradientSample:
-    """Gradients at one step, before clipping."""
-
-    step: int
-    """1-based: after this step's backward pass."""
-    stage: int
-    norms: dict[str, float | None]
-    """Learning piece → L2 norm; None where no gradient arrived at all."""
-    stray: tuple[str, ...] = ()
-    """Tensors with a gradient that nothing owns, or that may have one, or may not, against what the stage says."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UpdateSample:
-    """What weights in fewer bits than fp32 showed of one step's update."""
-
-    step: int
-    stage: int
-    rounding: str
-    updates: dict[str, tuple[int, int]]
-    """Learning piece → (elements that the step, computed in fp32, leads to another number; those of them that kept
-    their value)."""
-
 
 class RunFolder:
-    """One run folder; see the module's docstring for its files. Writing errors are `StorageError`."""
+    """One run folder; see the package's docstring for its files. Writing errors are `StorageError`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -132,6 +42,11 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report.html"
+        self.growing = (
+            *(self.metrics, self.timing, self.endings),
+            *(self.gradients, self.updates, self.flow, self.load, self.likeness),
+        )
+        """The records that grow by a line at a time."""
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
@@ -314,56 +229,6 @@ class RunFolder:
             raise RunFolderError(f"{path} is not of schema {SCHEMA}, the one this version of Frostline reads")
         return data
 
-    def record_sizes(self) -> dict[str, int]:
-        """How far the records that grow have come: bytes, or numbers of files. They are on disk afterwards."""
-        sizes = {}
-        for path in self._growing():
-            if path.exists():
-                with storage_errors(path), path.open("rb") as file:
-                    os.fsync(file.fileno())
-                sizes[path.relative_to(self.path).as_posix()] = path.stat().st_size
-        sizes["boundaries"] = len(self.read_boundaries())
-        sizes["entries"] = sum(1 for _ in self.evidence.glob("entry-*.safetensors"))
-        return sizes
-
-    def rewind(self, sizes: Mapping[str, int]) -> None:
-        """Take the records back to what they were: what came after is written again. Raises `RunFolderError` when less
-        is there than there was; `{}` takes away everything."""
-        for path in self._growing():
-            wanted = sizes.get(path.relative_to(self.path).as_posix(), 0)
-            there = path.stat().st_size if path.exists() else 0
-            if there < wanted:
-                raise RunFolderError(f"{path} has lost lines: it has {there} bytes and had {wanted} at the checkpoint")
-        for path in self._growing():
-            wanted = sizes.get(path.relative_to(self.path).as_posix(), 0)
-            with storage_errors(path):
-                if path.exists() and wanted:
-                    os.truncate(path, wanted)
-                elif path.exists():
-                    path.unlink()
-        for kind, suffix in (("boundary", "json"), ("entry", "safetensors")):
-            keep = sizes.get({"boundary": "boundaries", "entry": "entries"}[kind], 0)
-            for path in self.evidence.glob(f"{kind}-*.{suffix}"):
-                number = path.stem.rpartition("-")[2]
-                if number.isdigit() and int(number) >= keep:
-                    path.unlink()
-        made_later = ("report.html", "plan.json", "claims.json", "samples.json", "evidence/model-files.json")
-        for name in made_later:
-            (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.model, ignore_errors=True)
-
-    def _growing(self) -> tuple[Path, ...]:
-        return (
-            self.metrics,
-            self.timing,
-            self.endings,
-            self.gradients,
-            self.updates,
-            self.flow,
-            self.load,
-            self.likeness,
-        )
-
     def _may_be_cut(self) -> bool:
         """Whether the last line of a record may be half written: the run is under way, or was killed."""
         try:
@@ -443,28 +308,6 @@ def checkpoint_of(path: str) -> str:
     """The model to read for a name on the command line: a run folder stands for its trained model."""
     folder = Path(path)
     return str(folder / "model") if (folder / "schedule.json").exists() else path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises `StorageError`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with storage_errors(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors about `path` into a `StorageError`."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    except SafetensorError as error:  # what safetensors makes of the system's errors
-        raise StorageError(f"cannot write {path}: {error}") from error
 
 
 @contextmanager
