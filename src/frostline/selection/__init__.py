@@ -2,8 +2,9 @@
 
 from frostline.selection.by_rule import buffers_by_rule
 from frostline.selection.grammar import SCORES, parse
+from frostline.selection.names import GROUPS, known_names
 from frostline.selection.outside import Needs, Scores, chosen, expression_of, needs, plain
-from frostline.selection.resolve import GROUPS, Match, known_names
+from frostline.selection.resolve import Match
 from frostline.selection.selection import Difference, Selection, compare, select, selection_to_json, shared_heads
 
 __all__ = [

@@ -14,7 +14,8 @@ from typing import Any
 
 from frostline.anatomy import Anatomy, Component, Neighbours, Slice, intersect_all, slice_to_json, subtract_all
 from frostline.selection.grammar import parse
-from frostline.selection.resolve import Match, Resolver, Slices, Ties, layers_of
+from frostline.selection.resolve import Match, Resolver, Slices, layers_of
+from frostline.selection.ties import PulledIn, Ties, with_ties
 from frostline.units import format_count, format_share
 
 
@@ -28,7 +29,7 @@ class Selection:
     """Disjoint, in the anatomy's order; tied storage under the name that owns it."""
     matches: tuple[Match, ...]
     """What each leaf matched, in the order of the expression."""
-    pulled_in: tuple[tuple[str, str], ...] = ()
+    pulled_in: PulledIn = ()
     """(part that was named, part that learns with it because the two are one tensor)."""
 
     @property
@@ -100,13 +101,13 @@ def select(anatomy: Anatomy, expression: str, *, ties: Ties = "error") -> Select
     named = resolver.resolve(tree)
     if not named:
         raise resolver.error("this selects nothing", 0)
-    slices = resolver.with_ties(named, ties)
+    slices, pulled_in = with_ties(anatomy, named, expression=expression, ties=ties)
     return Selection(
         expression=expression,
         anatomy=anatomy,
         slices=tuple(sorted(slices, key=resolver.order)),
         matches=tuple(resolver.matches),
-        pulled_in=tuple(resolver.pulled_in),
+        pulled_in=pulled_in,
     )
 
 
