@@ -11,12 +11,14 @@ from unittest.mock import patch
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import frostline
-from frostline.deltas import apply_deltas, export_delta
+from frostline.deltas import apply_deltas, export_delta, read_delta
 from frostline.engine import Chose, Noted, StageEnded, stage_switch
 from frostline.engine.optimizers import Optimizers
-from frostline.errors import CompileError, RecipeError
+from frostline.errors import CompileError, ModelError, RecipeError
 from frostline.feed import get_tokenizer
 from frostline.model import Weights, load_model, save_model
 from frostline.planning import plan_recipe
@@ -270,3 +272,58 @@ def test_compiled_experts_of_an_odd_width_are_refused_before_anything_is_written
 def test_rounding_without_bf16_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="rounding is of bf16 weights, and precision is bf16-mixed"):
         tiny.recipe(tmp_path, precision="bf16-mixed", rounding="nearest")
+
+
+def without_dtype(delta: Path) -> Path:
+    """The delta as it was written before deltas said their dtype."""
+    with safe_open(delta, framework="pt") as file:
+        head = json.loads(file.metadata()["frostline_delta"])
+        values = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (not a mapping)
+    del head["dtype"]
+    old = delta.with_name(f"old-{delta.name}")
+    save_file(values, old, metadata={"frostline_delta": json.dumps(head)})
+    return old
+
+
+def still(folder: Path, base: Path) -> RunResult:
+    """A run whose steps are all too small for bf16."""
+    stages = [{"name": "norms", "learn": "norm", "steps": 2, "lr": 1e-9, "optimizer": {"weight_decay": 0.0}}]
+    return run(folder, model=str(base), stages=stages)
+
+
+def test_a_delta_of_a_bf16_run_in_which_nothing_moved_goes_into_its_base(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    for stored in ("fp32", "bf16"):
+        result = still(tmp_path / f"run-{stored}", folders[stored])
+        delta = export_delta(result.folder, tmp_path / f"{stored}.safetensors")
+        assert not read_delta(delta).values
+        out = apply_deltas(str(folders[stored]), [delta], tmp_path / f"applied-{stored}")
+        assert frostline.diff_checkpoints(out, result.folder).equal
+
+
+def test_an_old_delta_has_the_dtype_of_its_values_and_without_values_is_refused(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    moved = run(tmp_path / "moved", model=str(folders["fp32"]))
+    old = without_dtype(export_delta(moved.folder, tmp_path / "moved.safetensors"))
+    out = apply_deltas(str(folders["fp32"]), [old], tmp_path / "applied")
+    assert frostline.diff_checkpoints(out, moved.folder).equal
+    nothing = still(tmp_path / "still", folders["fp32"])
+    old = without_dtype(export_delta(nothing.folder, tmp_path / "still.safetensors"))
+    with pytest.raises(ModelError, match="an old delta without values does not say whether its run was in bf16"):
+        apply_deltas(str(folders["fp32"]), [old], tmp_path / "refused")
+
+
+def test_deltas_of_runs_with_weights_of_different_dtypes_are_not_applied_together(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    deltas = []
+    for precision, learn in (("bf16", "ffn"), ("fp32", "attn")):
+        stages = [{"name": "only", "learn": learn, "steps": 1, "lr": 1e-3}]
+        result = run(tmp_path / precision, model=str(folders["bf16"]), precision=precision, stages=stages)
+        deltas.append(export_delta(result.folder, tmp_path / f"{precision}.safetensors"))
+    with pytest.raises(
+        ModelError, match=r"bf16\.safetensors is of a run with bf16 .*fp32\.safetensors of one with fp32"
+    ):
+        apply_deltas(str(folders["bf16"]), deltas, tmp_path / "out")

@@ -228,3 +228,12 @@ def test_what_cannot_be_written_whole_leaves_nothing_behind(
 def test_a_folder_in_the_place_of_a_delta_says_the_order(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is a folder, and no delta: frostline apply BASE DELTA"):
         read_delta(tmp_path)
+
+
+def test_a_delta_of_a_run_from_scratch_has_no_base_and_is_refused_with_what_to_do(base: Path, tmp_path: Path) -> None:
+    run = base.parent
+    done = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "d.safetensors"), "--delta"])
+    assert done.exit_code == 2, done.output
+    assert "no base that a delta could be put into" in done.output
+    assert f"frostline export {run}" in done.output
+    assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import nn
 
 import frostline
 from frostline.anatomy import put, read_anatomy
-from frostline.errors import FrostlineError, SelectionError
+from frostline.deltas import export_delta
+from frostline.errors import FrostlineError, RunFolderError, SelectionError
+from frostline.export import export_run
 from frostline.run_folder import RunFolder
 
 
@@ -230,6 +232,16 @@ def test_a_saved_model_and_the_logged_numbers_are_in_the_folder(tmp_path: Path) 
     verdict = frostline.audit(tmp_path / "run")
     assert verdict.passed
     assert {r.basis for r in verdict.rows if r.verdict == "moved"} == {"recomputed"}
+
+
+@pytest.mark.parametrize("write", [export_run, export_delta])
+def test_exporting_it_says_where_its_model_is(tmp_path: Path, write: Callable[[Path, Path], Path]) -> None:
+    model = tiny.model("llama")
+    with frostline.learning(model, "ffn", out=tmp_path / "run") as run:
+        train(model, run)
+        run.save()
+    with pytest.raises(RunFolderError, match=r"of a loop of your own .*its model is .*/run/model"):
+        write(tmp_path / "run", tmp_path / "out")
 
 
 def test_any_module_with_named_parts_can_be_trained(tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
 """A small file of what learned in a run, and a base with any number of them in it.
 
-A delta holds the values of every piece that learned, the hashes of the base it belongs to, and the run's tokenizer
-where that is another than the base's (a chat template of its own, say); `apply_deltas` verifies the base and puts any
-number of them in, as long as no two hold the same element. Read `export_delta` first.
+A delta holds the values of every piece that learned, the hashes of the base it belongs to, the dtype that the run held
+its weights in, and the run's tokenizer where that is another than the base's (a chat template of its own, say);
+`apply_deltas` verifies the base and puts any number of them in, as long as no two hold the same element. Read
+`export_delta` first.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,22 @@ from frostline.anatomy import (
     take,
 )
 from frostline.audit import audit
+from frostline.dtypes import weights_dtype
 from frostline.engine.record import named_tensors
 from frostline.errors import ModelError, RunFolderError
 from frostline.export import check_outside, finished, new_folder
 from frostline.model import Weights, load_model, load_tokenizer, save_model, untie
-from frostline.recipe import Recipe, load_recipe
+from frostline.recipe import Recipe, ScratchModel, load_recipe
 from frostline.run_folder import RunFolder, checkpoint_of
 from frostline.storage import appearing_whole
 from frostline.tokenizer_files import tokenizer_files, tokenizer_from_files
 
 
 def export_delta(run: str | Path, out: str | Path) -> Path:
-    """Write what learned in a finished run, and moved, as one safetensors file. Raises as `export_run`."""
+    """Write what learned in a finished run, and moved, as one safetensors file.
+
+    Raises as `export_run`, and `RunFolderError` for a run from scratch: its delta would have no base.
+    """
     folder, target = finished(run), Path(out)
     if target.exists():
         raise RunFolderError(f"{out} exists; an export never overwrites")
@@ -49,6 +54,11 @@ def export_delta(run: str | Path, out: str | Path) -> Path:
     if not audit(folder.path).passed:
         raise RunFolderError(f"{run}: its audit fails, so it is not exported; see `frostline audit {run}`")
     boundaries, recipe = folder.read_boundaries(), load_recipe(folder.recipe)
+    if isinstance(recipe.model, ScratchModel):
+        raise RunFolderError(
+            f"{run} began from a configuration (architecture: {recipe.model.architecture}), so there is no base that a "
+            f"delta could be put into; export the model itself: frostline export {run} FOLDER"
+        )
     learned = {str(p): p for s in folder.read_schedule() for p in s.learning}
     first, last = boundaries[0].hashes, boundaries[-1].hashes
     moved = {name: p for name, p in learned.items() if first[name] != last[name]}
@@ -64,6 +74,7 @@ def export_delta(run: str | Path, out: str | Path) -> Path:
             if p.tensor not in boundaries[0].derived
         ],
         "untied": recipe.ties == "untie",
+        "dtype": "bf16" if weights_dtype(recipe) == torch.bfloat16 else "fp32",
         "sha256": {name: fingerprint(t) for name, t in (tensors | tokenizer).items()},
     }
     with appearing_whole(target) as temporary:
@@ -71,6 +82,8 @@ def export_delta(run: str | Path, out: str | Path) -> Path:
     return target
 
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""How a delta names what its run held the weights in → that dtype."""
 _TOKENIZER = "tokenizer/"
 """What the names of a tokenizer's files begin with in a delta; no piece of a model is called so."""
 
@@ -96,6 +109,9 @@ class Delta:
     base: dict[Slice, str]
     """Piece → its hash in the model that the delta belongs to."""
     untied: bool
+    dtype: str | None
+    """`fp32` or `bf16`: what its run held the weights in, and rounded its base to. None of an old delta that holds no
+    values, from which it would show."""
     tokenizer: dict[str, bytes]
     """The files of the run's tokenizer, where it is not the base's."""
 
@@ -124,10 +140,22 @@ def read_delta(path: str | Path) -> Delta:
             values=values,
             base={slice_from_json(row): row["sha256"] for row in head["base"]},
             untied=bool(head["untied"]),
+            dtype=_dtype_of(head, values.values()),
             tokenizer={n.removeprefix(_TOKENIZER): bytes(t.numpy()) for n, t in files.items()},
         )
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is no readable delta of a run: {error}") from None
+
+
+def _dtype_of(head: Mapping[str, Any], values: Collection[torch.Tensor]) -> str | None:
+    """What a delta says its dtype is; of an old one, which says nothing, that of its values."""
+    if "dtype" in head:
+        if head["dtype"] not in _DTYPES:
+            raise ValueError(f"it is of weights in {head['dtype']!r}, and only {' and '.join(_DTYPES)} are known")
+        return str(head["dtype"])
+    if not values:
+        return None
+    return "bf16" if any(v.dtype == torch.bfloat16 for v in values) else "fp32"
 
 
 def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, trust_remote_code: bool = False) -> Path:
@@ -143,9 +171,7 @@ def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, tr
     read = [read_delta(d) for d in deltas]
     _check_apart(read)
     carried = _tokenizer_of_all(read)
-    # a run with bf16 weights has rounded its whole base, so the hashes in its delta are of the rounded one
-    in_bf16 = any(v.dtype == torch.bfloat16 for d in read for v in d.values.values())
-    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    dtype = _dtype_of_all(read)
     model = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
     has_cut = any(d.untied for d in read) and untie(model)
     if has_cut and not all(d.untied for d in read):
@@ -166,6 +192,19 @@ def apply_deltas(base: str, deltas: Sequence[str | Path], out: str | Path, *, tr
     with appearing_whole(target) as temporary:
         save_model(model, tokenizer, temporary)
     return target
+
+
+def _dtype_of_all(deltas: Sequence[Delta]) -> torch.dtype:
+    """What the base is loaded in: a run with bf16 weights has rounded all of it, so the hashes in its delta are of the
+    rounded one. Raises `ModelError` where deltas differ."""
+    known = [d for d in deltas if d.dtype is not None]
+    other = next((d for d in known if d.dtype != known[0].dtype), None)
+    if other is not None:
+        raise ModelError(
+            f"{known[0].path} is of a run with {known[0].dtype} weights, and {other.path} of one with {other.dtype}: "
+            "apply one of them"
+        )
+    return _DTYPES[str(known[0].dtype)] if known else torch.float32
 
 
 def _tokenizer_of_all(deltas: Sequence[Delta]) -> dict[str, bytes]:
@@ -211,9 +250,10 @@ def _check_base(model: nn.Module, base: str, delta: Delta) -> None:
         or fingerprint(take(tensors[piece.tensor], piece)) != expected
     ]
     if wrong:
+        old = "; an old delta without values does not say whether its run was in bf16: export it again"
         raise ModelError(
             f"{base} is not the model that {delta.path} belongs to: {len(wrong)} of {len(delta.base)} pieces differ "
-            f"({', '.join(wrong[:3])}); give the model that its run started from"
+            f"({', '.join(wrong[:3])}); give the model that its run started from{old if delta.dtype is None else ''}"
         )
 
 

@@ -47,6 +47,11 @@ def finished(run: str | Path) -> RunFolder:
         raise RunFolderError(f"{run} is not finished ({state}), so there is nothing to export{hint}")
     if not folder.model.is_dir():
         raise RunFolderError(f"{run} holds no model")
+    if not folder.has_recipe():
+        raise RunFolderError(
+            f"{run} is of a loop of your own and has no recipe, so there is nothing to write a card or a delta from; "
+            f"its model is {folder.model}, which transformers loads as it is"
+        )
     return folder
 
 
