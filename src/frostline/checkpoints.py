@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from frostline.environment import hash_file
-from frostline.errors import StorageError
+from frostline.errors import StorageError, first_line
 from frostline.storage import storage_errors, sync
 
 MANIFEST = "MANIFEST.json"
@@ -133,8 +133,7 @@ class Checkpoints:
                 raise StorageError(f"cannot read {path}: {error.strerror or error}") from error  # it may be whole
             return Rejected(path=_set_aside(path), why=f"it lacks {Path(str(error.filename)).name}")
         except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return Rejected(path=_set_aside(path), why=why)
+            return Rejected(path=_set_aside(path), why=first_line(error))
 
     def of(self, step: int) -> Checkpoint | None:
         """The checkpoint of a step; None when there is none, or it does not verify and was set aside."""

@@ -2,7 +2,8 @@
 
 Exit codes: 0 done · 1 audit or claim failed, or a run that had started · 2 user's mistake, nothing started · 3 stopped
 by non-finite numbers · 4 storage · 75 interrupted and saved, run again · 130 interrupted twice.
-Read `FrostlineError` first; `did_you_mean` is the one place that offers near names.
+Read `FrostlineError` first; `did_you_mean` is the one place that offers near names; `first_line` and `in_one_line` say
+what other libraries' errors say.
 """
 
 from __future__ import annotations
@@ -88,3 +89,13 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """`" Did you mean 'ffn'?"` for the known names nearest to `name`; empty when none is near."""
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def in_one_line(error: BaseException) -> str:
+    """`ValueError: …`: an error's type, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

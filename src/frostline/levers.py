@@ -20,7 +20,7 @@ from frostline.data import Batch, Layout, files_to_hash, rows_at
 from frostline.engine import Chose, Observer, PrefixCache, PrefixSettings
 from frostline.engine.prefix import NoPrefixError, depth_of
 from frostline.environment import MATTERS, describe_environment
-from frostline.errors import ModelError
+from frostline.errors import ModelError, first_line
 from frostline.plan import Plan, why_not_worth
 from frostline.recipe import Recipe
 from frostline.run_folder import RunFolder
@@ -78,9 +78,8 @@ def determinism(wanted: bool) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        first = str(error).splitlines()[0]
         raise ModelError(
-            f"deterministic: true, but this model needs an operation without such a way: {first}"
+            f"deterministic: true, but this model needs an operation without such a way: {first_line(error)}"
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)

@@ -15,7 +15,7 @@ from frostline.engine import Chose, Chosen, LossFunction, Points, choose_loss, n
 from frostline.engine.compiled import Compiled, check_compiles
 from frostline.engine.evaluation import EvalSet
 from frostline.engine.recompute import recompute_blocks
-from frostline.errors import CompileError, FrostlineError, ModelError, RecipeError
+from frostline.errors import CompileError, FrostlineError, ModelError, RecipeError, in_one_line
 from frostline.feed import fit_attention
 from frostline.grouped import odd_width
 from frostline.levers import recompute_for
@@ -134,9 +134,8 @@ def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) ->
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             next_token_loss(model, prepared.feed.train.batch([0]).to(device))
     except Exception as error:  # models raise anything when their configuration does not fit together
-        first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"the model cannot run on a row of {prepared.recipe.data.length} tokens: {type(error).__name__}: {first}"
+            f"the model cannot run on a row of {prepared.recipe.data.length} tokens: {in_one_line(error)}"
         ) from error
 
 

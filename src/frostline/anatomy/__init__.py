@@ -1,6 +1,8 @@
 """The anatomy: a complete, non-overlapping list of a model's named parts. Read `component.py`, then `read.py`."""
 
 from frostline.anatomy.access import fingerprint, put, take
+from frostline.anatomy.block_capture import part_modules
+from frostline.anatomy.block_measures import BlockProof
 from frostline.anatomy.component import (
     Anatomy,
     Component,
@@ -13,7 +15,7 @@ from frostline.anatomy.component import (
     reaches_outside,
 )
 from frostline.anatomy.modules import module_of
-from frostline.anatomy.prove import BlockProof, Proof, part_modules, prove, prove_model, tiny_model
+from frostline.anatomy.prove import Proof, prove, prove_model, tiny_model
 from frostline.anatomy.read import anatomy_of_parts, embedding_dropout, find_blocks, list_tensors, read_anatomy
 from frostline.anatomy.shrink import tiny_config
 from frostline.anatomy.slice_proof import SliceProof, prove_slices

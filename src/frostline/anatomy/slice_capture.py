@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from frostline.anatomy.access import put, take
 from frostline.anatomy.slices import Slice
+from frostline.errors import first_line
 
 N_TOKENS = 48
 
@@ -107,7 +108,7 @@ def run(branch: Branch, watch: Watch | None = None) -> torch.Tensor:
         with torch.enable_grad(), watch or Watch():
             out = branch.module(*map(_fresh, branch.args), **{k: _fresh(v) for k, v in branch.kwargs.items()})
     except Exception as error:  # modules raise anything when they are called by themselves
-        raise NotMeasuredError(f"its module does not run by itself: {_first_line(error)}") from error
+        raise NotMeasuredError(f"its module does not run by itself: {first_line(error)}") from error
     out = out[0] if isinstance(out, (tuple, list)) else out
     if not isinstance(out, torch.Tensor) or not out.requires_grad or not bool(out.isfinite().all()):
         raise NotMeasuredError("its module returns no finite tensor with a gradient")
@@ -116,10 +117,6 @@ def run(branch: Branch, watch: Watch | None = None) -> torch.Tensor:
 
 def _fresh(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value  # some modules add to their input in place
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def find_branches(model: nn.Module, modules: Mapping[str, nn.Module], seed: int) -> dict[str, Branch]:
@@ -137,7 +134,7 @@ def find_branches(model: nn.Module, modules: Mapping[str, nn.Module], seed: int)
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
     except Exception as error:  # models raise anything when a tiny size does not suit them
-        raise NotMeasuredError(f"the tiny model does not run: {_first_line(error)}") from error
+        raise NotMeasuredError(f"the tiny model does not run: {first_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from frostline.errors import DataError
+from frostline.errors import DataError, first_line
 from frostline.model import quiet_transformers
 
 ROWS_TOGETHER = 256
@@ -35,7 +35,7 @@ def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
             for batch in opened.iter_batches(batch_size=ROWS_TOGETHER):
                 yield from batch.to_pylist()
     except arrow_error as error:
-        raise DataError(f"{file}: no readable Parquet file: {_first_line(error)}") from None
+        raise DataError(f"{file}: no readable Parquet file: {first_line(error)}") from None
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def saved_rows(folder: Path, *, split: str | None) -> Iterator[dict[str, Any]]:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # it raises whatever the files make it raise
-        raise DataError(f"{folder}: the saved dataset cannot be read: {_first_line(error)}") from None
+        raise DataError(f"{folder}: the saved dataset cannot be read: {first_line(error)}") from None
     if isinstance(loaded, dict):
         wanted = split or "train"
         if wanted not in loaded:
@@ -88,9 +88,5 @@ def _hub_dataset(name: str, split: str | None, subset: str | None, revision: str
     except Exception as error:  # it raises whatever the network and the files make it raise
         raise DataError(
             f"no file or folder {name} here, and no dataset of that name can be loaded from the hub: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

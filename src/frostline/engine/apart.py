@@ -17,7 +17,7 @@ from torch import nn
 from frostline.anatomy import tiny_model
 from frostline.data import Documents, Kept, model_inputs
 from frostline.engine.documents import use_document_attention
-from frostline.errors import AnatomyError, ModelError
+from frostline.errors import AnatomyError, ModelError, in_one_line
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, relative to the largest one: what rounding makes is below 1e-6."""
@@ -59,7 +59,7 @@ def why_not(config: Any, kept: Kept) -> str | None:
                 use_document_attention(model)
             packed = _logits(model, ids, Documents(LENGTHS, kept))
     except Exception as error:  # models raise anything when they are given what they do not know
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return in_one_line(error)
     off, without = _difference(packed, alone), _difference(mixed, alone)
     if without < 10 * TOLERANCE:
         return f"the probe sees nothing: even without it logits differ by {without:.1g} only"
@@ -83,7 +83,7 @@ def padding_changes(config: Any) -> str | None:
             alone = [_logits(model, ids[row : row + 1, :n], None)[0] for row, n in ((0, first), (1, second))]
             padded = model(**model_inputs(ids, None, mask), use_cache=False).logits
     except Exception as error:  # models raise anything when they are given what they do not know
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return in_one_line(error)
     off = max(_relative(padded[row, : len(one)], one) for row, one in enumerate(alone))
     return None if off <= TOLERANCE else f"logits differ by {off:.1g} of the largest from those without padding"
 

@@ -16,6 +16,7 @@ from torch import nn
 from frostline.anatomy import Anatomy, find_blocks, part_modules
 from frostline.engine.route_points import RoutePoint
 from frostline.engine.routes import Points, Signature, Wiring, placed, set_routes, signature_of
+from frostline.errors import first_line
 from frostline.schedule import Route
 
 TOLERANCE = 1e-3
@@ -36,7 +37,7 @@ def tried(model: nn.Module, anatomy: Anatomy, wirings: Mapping[Signature, Wiring
             try:
                 why = trial.fault(point)
             except RuntimeError as error:  # cutting what something else needs
-                why = f"a trial of it fails: {str(error).strip().splitlines()[0]}"
+                why = f"a trial of it fails: {first_line(error)}"
             if why is not None:
                 out[kind] = out[kind].without(point, why)
     return out

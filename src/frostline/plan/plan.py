@@ -19,7 +19,7 @@ from frostline.engine import How, Points, choose_loss, place
 from frostline.engine.documents import use_document_attention
 from frostline.engine.recompute import recompute_blocks
 from frostline.engine.rounding import Rounding
-from frostline.errors import FrostlineError, PlanError
+from frostline.errors import FrostlineError, PlanError, in_one_line
 from frostline.model import Source, load_fake, untie
 from frostline.plan.alike import Build, Layout, builds, exchanged, layout
 from frostline.plan.meter import KINDS, Device, Meter
@@ -204,9 +204,8 @@ def plan_errors(model_type: str) -> Iterator[None]:
     except FrostlineError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise PlanError(
-            f"{model_type} cannot be executed without values, so it cannot be planned: {type(error).__name__}: {first}"
+            f"{model_type} cannot be executed without values, so it cannot be planned: {in_one_line(error)}"
         ) from error
     finally:
         torch_says.disabled = was_silent

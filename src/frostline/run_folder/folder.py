@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from frostline.anatomy import Anatomy, anatomy_from_json, anatomy_to_json, slice_from_json, slice_to_json
-from frostline.errors import FrostlineError, RunFolderError
+from frostline.errors import FrostlineError, RunFolderError, in_one_line
 from frostline.run_folder.records import Boundary, GradientSample, StageRecord, State, UpdateSample
 from frostline.secrecy import without_secrets
 from frostline.storage import storage_errors, write_text
@@ -317,7 +317,6 @@ def damaged_records(path: Path, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except damaged + more as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RunFolderError(f"{path}: its records are damaged ({what})") from error
+        raise RunFolderError(f"{path}: its records are damaged ({in_one_line(error)})") from error
     except SafetensorError as error:
         raise RunFolderError(f"{path}: a weight file is damaged ({error})") from error
