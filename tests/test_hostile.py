@@ -306,12 +306,12 @@ def test_no_secret_of_the_command_or_the_environment_is_written_anywhere(
 
 def test_a_delta_does_not_lead_out_of_the_folder_it_is_applied_into(made: Path, tmp_path: Path) -> None:
     """Names in a delta are names of tensors; none is a path."""
-    run = made / "run"
-    delta = export_delta(run, tmp_path / "delta.safetensors")
-    data = delta.read_bytes()
+    base = made / "run" / "model"
+    run = train(recipe_from_dict(on(base, tmp_path)), out=tmp_path / "run").folder
+    data = export_delta(run, tmp_path / "delta.safetensors").read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     text = data[8 : 8 + length].replace(b"model.norm.weight", b"../../norm.weight")
     (tmp_path / "evil.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-    with pytest.raises(ModelError):
-        apply_deltas(str(run / "model"), [tmp_path / "evil.safetensors"], tmp_path / "out")
+    with pytest.raises(ModelError, match=r"has no place for what .*evil\.safetensors holds: \.\./\.\./norm"):
+        apply_deltas(str(base), [tmp_path / "evil.safetensors"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -154,5 +154,7 @@ def test_where_nothing_has_such_a_bias_or_the_router_is_frozen_it_is_refused(tmp
 def test_a_delta_carries_it(run, tmp_path):
     from frostline.deltas import export_delta, read_delta
 
-    values = read_delta(export_delta(run.folder, tmp_path / "delta.safetensors")).values
+    more = recipe(tmp_path, ASKED[0], model=str(run.folder / "model"))
+    folder = train(more, out=tmp_path / "run").folder
+    values = read_delta(export_delta(folder, tmp_path / "delta.safetensors")).values
     assert sorted(s.tensor for s in values if "correction" in s.tensor) == [BIAS.format(1), BIAS.format(2)]
