@@ -23,6 +23,7 @@ from frostline.anatomy import (
     Slice,
     fingerprint,
     intersect,
+    named_tensors,
     put,
     reaches_outside,
     refine,
@@ -32,7 +33,6 @@ from frostline.anatomy import (
 )
 from frostline.audit import audit
 from frostline.dtypes import weights_dtype
-from frostline.engine.record import named_tensors
 from frostline.errors import ModelError, RunFolderError
 from frostline.export import check_outside, finished, new_folder
 from frostline.model import Weights, load_model, load_tokenizer, save_model, untie

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from frostline.anatomy import fingerprint, take
+from frostline.anatomy import fingerprint, named_tensors, take
 from frostline.checkpoints import Checkpoint, Checkpoints, Rejected
 from frostline.choices import FILE as CHOICE
 from frostline.choices import read_choice, wants_measurement
 from frostline.data import files_to_hash
 from frostline.engine import Observer
-from frostline.engine.record import cut_pieces, named_tensors
+from frostline.engine.record import cut_pieces
 from frostline.engine.run_state import RunState, from_files, misfits
 from frostline.environment import MATTERS, describe_environment
 from frostline.errors import RunFolderError

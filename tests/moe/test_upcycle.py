@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from frostline.anatomy import read_anatomy, take
 from frostline.errors import ModelError
 from frostline.moe import PAIRS, find_sites, upcycle
-from frostline.moe.upcycle import TOLERANCE, measure_change
+from frostline.moe.upcycle_check import TOLERANCE, measure_change
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The anatomy: a complete, non-overlapping list of a model's named parts. Read `component.py`, then `read.py`."""
 
-from frostline.anatomy.access import fingerprint, put, take
+from frostline.anatomy.access import fingerprint, named_tensors, put, take
 from frostline.anatomy.block_capture import part_modules
 from frostline.anatomy.block_measures import BlockProof
 from frostline.anatomy.component import (
@@ -56,6 +56,7 @@ __all__ = [
     "list_tensors",
     "merge",
     "module_of",
+    "named_tensors",
     "parse_path",
     "part",
     "part_modules",

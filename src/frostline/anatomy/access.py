@@ -1,12 +1,21 @@
-"""Reading and writing the elements of a slice in a torch tensor."""
+"""A model's tensors by name, and reading and writing the elements of a slice in one."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
+from torch import nn
 
 from frostline.anatomy.slices import Indices, Slice
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of the model as it is now, by name (a forward pass may replace a buffer)."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def take(tensor: torch.Tensor, piece: Slice) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from frostline.anatomy import fingerprint, put, refine, take
+from frostline.anatomy import fingerprint, named_tensors, put, refine, take
 from frostline.errors import RunFolderError
 from frostline.run_folder import RunFolder
 
@@ -20,8 +20,7 @@ def rewind(model: nn.Module, run: RunFolder, stage: int) -> None:
     if stage and not run.keeps_all_at_switches():
         raise RunFolderError(f"{run.path} keeps no values of the stages in between (evidence.at_switch: changing)")
     anatomy, stages, boundaries = run.read_anatomy(), run.read_schedule(), run.read_boundaries()
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), named_tensors(model)
     for record in reversed(stages[stage : len(boundaries) - 1]):
         with torch.no_grad(), safe_open(run.entry(record.index), framework="pt") as file:
             kept = set(file.keys())

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from frostline.anatomy import Anatomy, Slice, fingerprint, put, refine, take, whole
+from frostline.anatomy import Anatomy, Slice, fingerprint, named_tensors, put, refine, take, whole
 from frostline.engine.events import (
     Evaluated,
     Event,
@@ -36,14 +36,6 @@ from frostline.run_folder import Boundary, RunFolder, StageRecord, damaged_recor
 from frostline.schedule import Schedule, Stage
 from frostline.selection import Selection
 from frostline.storage import storage_errors
-
-
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer of the model as it is now, by name (a forward pass may replace a buffer)."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
 
 def cut_pieces(anatomy: Anatomy, selections: list[Selection]) -> tuple[Slice, ...]:

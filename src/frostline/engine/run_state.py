@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, Slice, put, reaches_outside, slice_from_json, slice_to_json, take
+from frostline.anatomy import Anatomy, Slice, named_tensors, put, reaches_outside, slice_from_json, slice_to_json, take
 from frostline.engine.optimizers import BY_ELEMENT, leaf_device, make_optimizer
 from frostline.engine.owned import Owned, own
 from frostline.engine.rollback import Window
@@ -85,7 +85,7 @@ def reenter(
 ) -> Active:
     """The stage as it was: weights put in, the same leaves owned in the same order, each with its optimizer state."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = named_tensors(model)
     with torch.no_grad():
         for piece, values in state.weights.items():
             put(tensors[piece.tensor], piece, values.to(tensors[piece.tensor].device))

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, fingerprint
+from frostline.anatomy import Anatomy, fingerprint, named_tensors
 from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.compiled import Compiled, as_it_is, graphs
 from frostline.engine.corrections import forget_load, move_corrections
@@ -32,7 +32,7 @@ from frostline.engine.flow import measure_flow
 from frostline.engine.loop_settings import BatchFunction, LoopResult, LoopSettings, Moment
 from frostline.engine.notes import notes_on
 from frostline.engine.one_step import one_step
-from frostline.engine.record import Recorder, named_tensors
+from frostline.engine.record import Recorder
 from frostline.engine.rollback import Window, batch_of, last_return, window_of
 from frostline.engine.routes import Points, set_routes
 from frostline.engine.run_state import RunState, capture, reenter

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frostline.anatomy import named_tensors
 from frostline.engine.compiled import Compiled
 from frostline.engine.stage_switch import Active
 from frostline.errors import PlanError
@@ -61,10 +62,7 @@ class StepMeters:
         if step_of_stage != min(1, active.stage.n_steps - 1):
             yield
             return
-        tensors = {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
-        }
+        tensors = named_tensors(self.model)
         on_cuda = any(t.is_cuda for t in tensors.values())
         meter = Meter(tensors, device="cuda" if on_cuda else "cpu")
         meter.adopt(_held(active))

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, Component, Slice, find_blocks, intersect, module_of, parse_path
+from frostline.anatomy import Anatomy, Component, Slice, find_blocks, intersect, module_of, named_tensors, parse_path
 from frostline.engine import Points, loss_of, next_token_loss, set_routes, step
 from frostline.engine.optimizers import FOREIGN, state_bytes
 from frostline.engine.owned import model_elsewhere
@@ -111,7 +111,7 @@ def trace_stage(
     `PlanError` for arithmetic without a formula.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    everything = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    everything = named_tensors(model)
     meter = Meter(everything, device=device)
     by_formula = mode is not None and stage.spec.optimizer.name in FOREIGN
 
