@@ -2,11 +2,12 @@
 
 from frostline.plan.calibrate import time_stage
 from frostline.plan.check import StageCheck, StepMeters, check_plan, checks_to_json
+from frostline.plan.cost import StageCost
 from frostline.plan.meter import KINDS, Device, Kind, Meter
 from frostline.plan.plan import Batching, Plan, StagePlan, like, make_plan, plan_to_json, points_for
 from frostline.plan.prefix_worth import why_not_worth
 from frostline.plan.shapes import StepShape
-from frostline.plan.trace import StageCost, trace_stage
+from frostline.plan.trace import trace_stage
 
 __all__ = [
     "KINDS",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from frostline.anatomy import Anatomy
-from frostline.plan.trace import StageCost
+from frostline.plan.cost import StageCost
 from frostline.schedule import Stage
 
 Build = tuple[Any, ...]

@@ -11,10 +11,8 @@ from torch import nn
 from frostline.anatomy import Anatomy
 from frostline.engine import LossFunction, Points, loss_of, next_token_loss, step
 from frostline.engine.rounding import Rounding
-from frostline.engine.stage_switch import set_modes, switch
-from frostline.engine.train import enter_routes
 from frostline.plan.shapes import StepShape, micro_batches
-from frostline.plan.trace import update
+from frostline.plan.trace import entered, update
 from frostline.schedule import Stage
 
 
@@ -38,10 +36,7 @@ def time_stage(
     generator = torch.Generator().manual_seed(0)
     size = (rows, length) if shape is None else (1, shape.computed)
     ids = torch.randint(n_vocabulary, size, generator=generator).to(device)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    active = switch(parameters, anatomy, stage, memory={}, leaving=None, rounding=rounding)
-    enter_routes(points, stage)
-    set_modes(model, stage)
+    active = entered(model, anatomy, stage, rounding, points)
     batches = micro_batches(rows, length, stage.spec.accumulate, ids, shape)
     seconds = []
     for _ in range(1 + n_steps):

@@ -14,7 +14,7 @@ from frostline.anatomy import named_tensors
 from frostline.engine.compiled import Compiled
 from frostline.engine.stage_switch import Active
 from frostline.errors import PlanError
-from frostline.plan.meter import Meter
+from frostline.plan.meter import Meter, storage_bytes
 from frostline.plan.plan import Plan
 
 
@@ -75,7 +75,7 @@ class StepMeters:
             again = sum(n for (_, kind), n in meter.flops.items() if kind == "recomputed")
             self.measured[active.stage.index] = (meter.total_flops - again, None)
             return
-        weights = sum({t.untyped_storage(): t.untyped_storage().nbytes() for t in tensors.values()}.values())
+        weights = storage_bytes(tensors.values())
         self.measured[active.stage.index] = (meter.total_flops, weights + meter.peak_bytes)
 
 

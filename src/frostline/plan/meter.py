@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -46,8 +47,7 @@ class Meter(TorchDispatchMode):
         self.host_bytes = 0
         """Of them, what offloaded leaves have in the host's memory, which `live_bytes` is without."""
         self.host_peak_bytes = 0
-        self.numbers_only_scale = False
-        """Whether a number read from a tensor cannot change what is computed: while an optimizer steps."""
+        self._numbers_scale = False
         self._storages: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._last_dimension: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._given = weakref.WeakSet(t.untyped_storage() for t in weights.values())
@@ -72,6 +72,18 @@ class Meter(TorchDispatchMode):
                 self._alive(tensor)
         return out
 
+    @contextmanager
+    def numbers_that_scale(self) -> Iterator[None]:
+        """Inside, a number read from a tensor cannot change what is computed: while an optimizer is made or steps."""
+        self._numbers_scale = True
+        yield
+        self._numbers_scale = False
+
+    def restart(self) -> None:
+        """Count from here; what is alive stays alive."""
+        self.flops.clear()
+        self.peak_bytes, self.host_peak_bytes = self.live_bytes, self.host_bytes
+
     @property
     def total_flops(self) -> int:
         """All that was counted."""
@@ -79,7 +91,7 @@ class Meter(TorchDispatchMode):
 
     def _value_of(self, tensor: torch.Tensor) -> float:
         """A number that is read from a tensor without values: optimizers scale by it, and nothing else may."""
-        if not self.numbers_only_scale:
+        if not self._numbers_scale:
             raise PlanError("the model reads a tensor's value, on which its cost depends: it cannot be planned")
         return 1.0 if tensor.dtype.is_floating_point else 1
 
@@ -175,3 +187,9 @@ def _grouped_product(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.
     else:
         shape = (*(second.shape[:1] if first.dim() == 3 else ()), first.shape[-2], second.shape[-1])
     return torch.Tensor.new_empty(first, shape)
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages of tensors, each counted once."""
+    storages = {t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages)

@@ -22,9 +22,10 @@ from frostline.engine.rounding import Rounding
 from frostline.errors import FrostlineError, PlanError, in_one_line
 from frostline.model import Source, load_fake, untie
 from frostline.plan.alike import Build, Layout, builds, exchanged, layout
+from frostline.plan.cost import StageCost
 from frostline.plan.meter import KINDS, Device, Meter
 from frostline.plan.shapes import StepShape
-from frostline.plan.trace import StageCost, trace_stage
+from frostline.plan.trace import trace_stage
 from frostline.schedule import Schedule, Stage
 
 
