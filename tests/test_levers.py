@@ -52,7 +52,7 @@ def test_a_run_that_would_not_fit_computes_blocks_again_and_its_plan_says_so(
 
 
 def test_what_was_chosen_is_in_the_run_folder_and_what_was_asked_for_is_not_said(tmp_path: Path) -> None:
-    fixed = {"recompute": "off", "loss": "plain", "cache": {"prefix": "off"}}
+    fixed = {"recompute": "off", "loss": "plain", "freed_memory": "return", "cache": {"prefix": "off"}}
     for name, changes in (("auto", {}), ("fixed", fixed)):
         train(tiny.recipe(tmp_path, **changes), out=tmp_path / name)
     rows = {
@@ -60,7 +60,7 @@ def test_what_was_chosen_is_in_the_run_folder_and_what_was_asked_for_is_not_said
         for name in ("auto", "fixed")
     }
     chosen = [r for r in rows["auto"] if r.get("event") == "setting"]
-    assert [r["setting"] for r in chosen][:3] == ["recompute", "loss", "cache.prefix"]
+    assert [r["setting"] for r in chosen][:4] == ["recompute", "loss", "freed_memory", "cache.prefix"]
     assert all(r["why"] for r in chosen)
     assert not [r for r in rows["fixed"] if r.get("event") == "setting"]
 

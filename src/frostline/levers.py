@@ -1,6 +1,7 @@
 """What makes a run cost less and changes nothing of it: chosen by the recipe or by the plan, and said.
 
-Read `recompute_for`, `prefix_cache_of`, and `prefix_outlook`, which says beforehand what will become of it.
+Read `recompute_for`, `freed_memory_for`, `prefix_cache_of`, and `prefix_outlook`, which says beforehand what will
+become of the cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from frostline.anatomy import Anatomy
 from frostline.data import Batch, Layout, files_to_hash, rows_at
 from frostline.engine import Chose, Observer, PrefixCache, PrefixSettings
+from frostline.engine.freed_memory import can_be_kept
 from frostline.engine.prefix import NoPrefixError, depth_of
 from frostline.environment import MATTERS, describe_environment
 from frostline.errors import ModelError, first_line
@@ -50,6 +52,23 @@ def recompute_for(recipe: Recipe, plan: Plan | None, device: torch.device) -> Ch
     worst = max(s.cost.peak_bytes if device.type == "cuda" else s.cost.resident_bytes for s in plan.stages)
     numbers = f"a step needs about {format_bytes(worst)}, there are {format_bytes(memory)}"
     return chose("blocks" if worst > FULL * memory else "off", numbers)
+
+
+def freed_memory_for(recipe: Recipe, device: torch.device) -> Chose:
+    """Whether freed memory stays with the process: by the recipe, or where a step's tensors are the host's."""
+
+    def chose(value: str, why: str) -> Chose:
+        return Chose(setting="freed_memory", value=value, why=why)
+
+    if recipe.freed_memory == "keep" and not can_be_kept():
+        return chose("return", "asked to keep it, but that is for glibc's allocator alone")
+    if recipe.freed_memory != "auto":
+        return chose(recipe.freed_memory, "asked for")
+    if device.type != "cpu":
+        return chose("return", "the tensors of a step are on the device")
+    if not can_be_kept():
+        return chose("return", "the allocator is not glibc's")
+    return chose("keep", "each step uses the pages of the one before")
 
 
 def memory_of(device: torch.device) -> int | None:

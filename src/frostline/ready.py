@@ -18,7 +18,7 @@ from frostline.engine.recompute import recompute_blocks
 from frostline.errors import CompileError, FrostlineError, ModelError, RecipeError, in_one_line
 from frostline.feed import fit_attention
 from frostline.grouped import odd_width
-from frostline.levers import recompute_for
+from frostline.levers import freed_memory_for, recompute_for
 from frostline.measuring import choose
 from frostline.model import load_model, untie
 from frostline.plan import Plan, points_for
@@ -41,6 +41,8 @@ class Ready:
     """Settings that the recipe left open, and what became of them."""
     compiled: Compiled | None
     plan: Plan | None
+    keep_freed: bool
+    """Whether freed memory of the host stays with the process while it trains."""
     sets: tuple[EvalSet, ...] = ()
     """What is measured beside the held-out data."""
 
@@ -75,9 +77,10 @@ def make_ready(
         if recipe.recompute == "auto":
             plan = plan_of(prepared, recompute=True, trust_remote_code=trust_remote_code)
     compiled = compile_blocks(model, prepared, device) if recipe.compile == "blocks" else None
-    found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why))
+    freed = freed_memory_for(recipe, device)
+    found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why), freed)
     settled = (
-        *(c for c in found if getattr(recipe, c.setting) == "auto"),
+        *(c for c in found if getattr(recipe, c.setting) != c.value),
         *experts_for(recipe, model),
         *(Chose(setting="plan", value="none", why=why) for why in unplanned),
     )
@@ -94,6 +97,7 @@ def make_ready(
         settled=settled,
         compiled=compiled,
         plan=plan,
+        keep_freed=freed.value == "keep",
         sets=sets,
     )
 

@@ -25,6 +25,7 @@ from frostline.choices import write_choice
 from frostline.data import Batch, files_to_hash
 from frostline.dtypes import dtype_note
 from frostline.engine import LoopSettings, Observer, PrefixCache, loss_of, train_loop
+from frostline.engine.freed_memory import kept
 from frostline.engine.load_log import log_load
 from frostline.engine.run_state import RunState
 from frostline.environment import describe_environment, hash_file
@@ -115,7 +116,7 @@ def carry_out(
         for chosen in ready.settled:
             say(chosen.setting, chosen.value, chosen.why)
         try:
-            with ready.compiled.running() if ready.compiled else nullcontext():
+            with kept(ready.keep_freed), ready.compiled.running() if ready.compiled else nullcontext():
                 done = train_loop(
                     model,
                     prepared.anatomy,

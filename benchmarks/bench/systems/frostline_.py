@@ -17,6 +17,7 @@ from frostline.data import Batch, Example, FlatRows, Store, cut
 from frostline.engine import LoopSettings, PrefixCache, PrefixSettings, StepDone, choose_loss, loss_of, train_loop
 from frostline.engine.compiled import Compiled
 from frostline.engine.documents import use_document_attention
+from frostline.engine.freed_memory import kept
 from frostline.model import load_model
 from frostline.plan import Batching, make_plan, why_not_worth
 from frostline.recipe import OptimizerSpec, StageSpec
@@ -88,7 +89,7 @@ def run(job: Job) -> Result:
     blocks = [block for _, block in find_blocks(model)]
     compiled = Compiled(blocks, n_stages=1) if job.settings.get("compile") else None
     running = compiled.running() if compiled else nullcontext()
-    with tempfile.TemporaryDirectory() as folder, running:
+    with tempfile.TemporaryDirectory() as folder, running, kept(job.settings.get("keep_freed", True)):
         cache = PrefixCache(
             model,
             anatomy,

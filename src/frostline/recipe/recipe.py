@@ -166,6 +166,9 @@ class Recipe(Record):
     loss: Literal["auto", "fused", "plain"] = "auto"
     """`fused`: head and loss are computed together, some rows at a time, so that the logits of all tokens never exist;
     equal to `plain` up to rounding. `auto`: where it is exact and the logits are many."""
+    freed_memory: Literal["auto", "keep", "return"] = "auto"
+    """`keep`: what a step frees of the host's memory stays with the process for the next step, so that its pages need
+    not be asked for again. `auto`: on a CPU, where the allocator is glibc's."""
     ties: Literal["error", "together", "untie"] = "error"
     """When a selection takes one of two tied parts: refuse, take both, or give the model separate weights first."""
     lr_across: RunRateSpec | None = None
