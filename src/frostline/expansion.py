@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from frostline.anatomy import Anatomy
-from frostline.engine.record import stage_bytes
+from frostline.engine.stage_bytes import stage_bytes
 from frostline.errors import RecipeError, SelectionError
 from frostline.model import Weights, load_model
 from frostline.recipe import Recipe, ScratchModel, plain, with_stages

@@ -19,8 +19,8 @@ from torch.func import functional_call
 from frostline.anatomy import Slice, anatomy_of_parts, part, put, read_anatomy, take
 from frostline.data import Batch
 from frostline.engine import check_installed, next_token_loss, optimizers, step
-from frostline.engine.optimizers import state_bytes
 from frostline.engine.owned import own
+from frostline.engine.stage_bytes import state_bytes
 from frostline.engine.stage_switch import Active, Memory, switch
 from frostline.errors import RecipeError
 from frostline.prepared import make_selections

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from frostline.anatomy import Anatomy, Slice, intersect_all, merge, refine
-from frostline.engine.owned import Owned, leaf_shape
+from frostline.engine.owned import Owned
 from frostline.errors import RecipeError
 from frostline.recipe import OptimizerSpec
 from frostline.schedule import Group, Stage, norms_and_biases
@@ -150,7 +150,7 @@ def make_optimizer(owned: Sequence[Owned], stage: Stage) -> Optimizers:
             "`device` out"
         )
     group_of = {s: g for g in stage.groups for s in g.slices}
-    matrices = _matrices(stage.selection.anatomy)
+    matrices = matrices_of(stage.selection.anatomy)
     found = [
         _Leaf(
             value=o.value,
@@ -166,7 +166,7 @@ def make_optimizer(owned: Sequence[Owned], stage: Stage) -> Optimizers:
     return Optimizers([_MAKERS[spec.name](found, spec)])
 
 
-def _matrices(anatomy: Anatomy) -> set[str]:
+def matrices_of(anatomy: Anatomy) -> set[str]:
     """Names of the weights inside layers."""
     plain = norms_and_biases(anatomy)
     inside = (c for c in anatomy.components if c.path[0][0] == "layers")
@@ -232,34 +232,3 @@ _MAKERS: dict[str, Callable[[Sequence[_Leaf], OptimizerSpec], torch.optim.Optimi
     "adamw8bit": _adamw8bit,
     "lion": _lion,
 }
-
-
-def state_bytes(stage: Stage, dtype_bytes: Callable[[str], int]) -> int:
-    """Bytes of optimizer state after the stage's first step, by the optimizers' own layouts.
-
-    `dtype_bytes`: tensor name → bytes per element. 8-bit AdamW: without the constants of its blocks (3 %).
-    """
-    spec, anatomy = stage.spec.optimizer, stage.selection.anatomy
-    matrices = _matrices(anatomy)
-    total = 0
-    for piece in leaves(stage, ()):
-        shape, size = leaf_shape(piece.shape), dtype_bytes(piece.tensor)
-        match spec.name:
-            case "sgd":
-                total += piece.n_elements * size if spec.momentum else 0
-            case "lion":
-                total += piece.n_elements * size
-            case "adafactor":
-                factored = len(shape) > 1
-                total += size * (
-                    (shape[-1] + shape[-2]) * (piece.n_elements // (shape[-1] * shape[-2]))
-                    if factored
-                    else piece.n_elements
-                )
-            case "adamw8bit":
-                total += piece.n_elements * (2 if piece.n_elements >= 4096 else 8)
-            case "muon" if piece.tensor in matrices and len(shape) == 2:
-                total += piece.n_elements * size
-            case _:
-                total += 2 * piece.n_elements * size
-    return total

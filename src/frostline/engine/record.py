@@ -6,8 +6,7 @@ so that in every stage a piece learns as a whole or not at all. Read `Recorder` 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Literal
 
@@ -16,21 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from frostline.anatomy import Anatomy, Slice, fingerprint, named_tensors, put, refine, take, whole
-from frostline.engine.events import (
-    Evaluated,
-    Event,
-    Measured,
-    RolledBack,
-    SetEvaluated,
-    StageCompiled,
-    StageEnded,
-    StageStarted,
-    StepDone,
-)
-from frostline.engine.optimizers import leaves, state_bytes
+from frostline.anatomy import Anatomy, Slice, fingerprint, named_tensors, put, refine, take
+from frostline.engine.event_rows import rows_of
+from frostline.engine.events import Event, RolledBack, StageEnded
 from frostline.engine.owned import Ownership
-from frostline.engine.rounding import Rounding, Shown, n_shown, stepped_bytes
+from frostline.engine.rounding import Rounding, Shown, n_shown
+from frostline.engine.stage_bytes import stage_bytes
 from frostline.errors import RunFolderError
 from frostline.run_folder import Boundary, RunFolder, StageRecord, damaged_records
 from frostline.schedule import Schedule, Stage
@@ -274,90 +264,8 @@ class Recorder:
         return self.anatomy.tensor[tensor].element_bytes
 
     def event(self, event: Event) -> None:
-        """Write what an event adds to `metrics.jsonl` (what the seed determines) and `timing.jsonl` (clocks)."""
-        match event:
-            case StepDone():
-                row = {"step": event.step, "stage": event.stage.name, "loss": event.loss, "lr": event.lr}
-                self.folder.append(
-                    self.folder.metrics,
-                    {
-                        **row,
-                        "gradient_norm": event.gradient_norm,
-                        "n_targets": event.n_targets,
-                        **({"skipped": True} if event.skipped else {}),
-                        **({"spike": True} if event.spike else {}),
-                    },
-                )
-                self.folder.append(
-                    self.folder.timing,
-                    {
-                        "step": event.step,
-                        "seconds": event.seconds,
-                        "tokens_per_s": event.n_targets / event.seconds if event.seconds else None,
-                    },
-                )
-            case RolledBack():
-                self._took_back(event)
-            case Evaluated():
-                row = {"step": event.step, "stage": event.stage.name, "held_out_loss": event.held_out_loss}
-                bits = {} if event.bits_per_byte is None else {"bits_per_byte": event.bits_per_byte}
-                self.folder.append(self.folder.metrics, {**row, **bits})
-            case SetEvaluated():
-                row = {"step": event.step, "stage": event.stage.name, "set": event.name, "set_loss": event.loss}
-                bits = {} if event.bits_per_byte is None else {"bits_per_byte": event.bits_per_byte}
-                self.folder.append(self.folder.metrics, {**row, **bits})
-            case Measured():
-                row = {"step": event.step, "stage": event.stage.index, **event.flow.to_json()}
-                self.folder.append(self.folder.flow, row)
-            case StageCompiled():
-                row = {"event": "compiled", "stage": event.stage.name, "graphs": event.n_graphs}
-                self.folder.append(self.folder.timing, {**row, **asdict(event.proof)})
-            case StageStarted() | StageEnded():
-                if isinstance(event, StageEnded):
-                    self.folder.append(
-                        self.folder.endings,
-                        {
-                            "stage": event.stage.index,
-                            "step": event.step,
-                            "why": "plateau" if event.n_skipped else "its time",
-                            "moved": event.n_moved,
-                            "unmoved": dict(event.unmoved),
-                            "buffers_restored": list(event.buffers_restored),
-                            **({"lost_updates": event.lost_updates} if event.lost_updates is not None else {}),
-                        },
-                    )
-                self.folder.append(
-                    self.folder.timing,
-                    {
-                        "event": "stage started" if isinstance(event, StageStarted) else "stage ended",
-                        "stage": event.stage.name,
-                        "peak_resident_bytes": peak_resident_bytes(),
-                    },
-                )
-            case _:
-                pass
-
-
-def stage_bytes(stage: Stage, element_bytes: Callable[[str], int], rounding: Rounding = "nearest") -> int:
-    """Bytes of gradients, optimizer state and copies (of slices, and fp32 masters) in a stage."""
-    shapes = {t.name: t.shape for t in stage.selection.anatomy.tensors}
-
-    def leaf_bytes(tensor: str) -> int:
-        return max(element_bytes(tensor), 4) if rounding == "masters" else element_bytes(tensor)
-
-    def is_copy(p: Slice) -> bool:
-        return p != whole(p.tensor, shapes[p.tensor]) or leaf_bytes(p.tensor) != element_bytes(p.tensor)
-
-    gradients = sum(s.n_elements * leaf_bytes(s.tensor) for s in stage.selection.slices)
-    copies = sum(p.n_elements * leaf_bytes(p.tensor) for p in leaves(stage, ()) if is_copy(p))
-    return gradients + copies + state_bytes(stage, lambda t: stepped_bytes(element_bytes(t), rounding))
-
-
-def peak_resident_bytes() -> int | None:
-    """The largest resident memory of this process so far; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        """Write what an event adds to the records of the run."""
+        if isinstance(event, RolledBack):
+            self._took_back(event)
+        for path, row in rows_of(event, self.folder):
+            self.folder.append(path, row)

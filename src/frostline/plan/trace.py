@@ -18,10 +18,11 @@ from torch import nn
 
 from frostline.anatomy import Anatomy, Slice, find_blocks, module_of, named_tensors, parse_path
 from frostline.engine import Points, loss_of, next_token_loss, set_routes, step
-from frostline.engine.optimizers import FOREIGN, state_bytes
+from frostline.engine.optimizers import FOREIGN
 from frostline.engine.owned import model_elsewhere
 from frostline.engine.recompute import recomputing
 from frostline.engine.rounding import Rounding, stepped_bytes
+from frostline.engine.stage_bytes import state_bytes
 from frostline.engine.stage_switch import Active, set_modes, switch
 from frostline.engine.step import LossFunction, StepLoss
 from frostline.engine.train import enter_routes
