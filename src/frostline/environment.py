@@ -6,6 +6,7 @@ import hashlib
 import platform
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def describe_environment(*, device: torch.device, data: Iterable[str | Path], ba
         "command": command_without_secrets(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: package_version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES} | {"frostline": own_version()},
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(),
@@ -51,6 +52,19 @@ def hash_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache
+def own_version() -> str:
+    """Frostline's version, and a hash of its code: between two releases the version says nothing of what changed."""
+    return f"{package_version('frostline')}+{hash_code(Path(__file__).parent)[:12]}"
+
+
+def hash_code(folder: Path) -> str:
+    """SHA-256 (hex) over the names and contents of a folder's Python files."""
+    files = sorted(folder.rglob("*.py"))
+    lines = [f"{f.relative_to(folder).as_posix()} {hash_file(f)}\n" for f in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def package_version(package: str) -> str | None:

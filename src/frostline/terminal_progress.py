@@ -32,10 +32,10 @@ class ProgressLines:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.progress = Progress(
-            TextColumn("{task.fields[stage]}"),
+            TextColumn("{task.fields[stage]}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -106,12 +106,13 @@ def _stage_line(event: StageStarted) -> str:
     if optimizer.weight_decay and not optimizer.decay_norms_and_biases:
         decay += " (none on norms and biases)"
     state = f", {event.n_restored} of {event.n_owned} keep their optimizer state" if stage.index else ""
+    host = " in the host's memory (device: cpu)" if optimizer.device == "cpu" else ""
     at_most = " at most" if spec.plateau else ""
     routes = "".join(f"\n  {_route_line(r)}" for r in stage.routes)
     local = "\n  every block's output has a loss of its own" if spec.local_loss != "none" else ""
     return (
         f"stage {stage.name}: {stage.selection} learn{state}\n"
-        f"  {stage.n_steps} steps{at_most}, {optimizer.name}, lr {_by_part(spec.lr)}, {decay}, "
+        f"  {stage.n_steps} steps{at_most}, {optimizer.name}{host}, lr {_by_part(spec.lr)}, {decay}, "
         f"clip {spec.clip if spec.clip is not None else 'off'}"
         f"{', dropout off where nothing learns' if spec.frozen_dropout == 'off' else ''}{routes}{local}"
         + "".join(f"\n  note: {note}" for note in event.notes)

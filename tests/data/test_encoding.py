@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from frostline.data import encoding
 from frostline.data.encoding import encode_texts, only_calls_the_library
@@ -109,6 +109,21 @@ def test_a_tokenizer_with_a_call_of_its_own_is_called(monkeypatch):
     assert shout.ids.tolist() == calm.ids.tolist()
     monkeypatch.setattr(encoding, "only_calls_the_library", lambda _: True)
     assert encode_texts(["THE RIVER"], tokenizer)[0].ids.tolist() != calm.ids.tolist()  # so the check above can fail
+
+
+@pytest.mark.parametrize("change", ["gone", "not called"])
+def test_where_transformers_goes_another_way_its_own_call_is_made_with_equal_tokens(monkeypatch, change):
+    """A version whose call has no such method, or one beside it."""
+    tokenizer, texts = TOKENIZERS["bytes"], [*WORDS, "<|end|>", "", "x" * 40]
+    expected = by_its_own_call(texts, tokenizer)
+    assert only_calls_the_library(tokenizer)
+    if change == "gone":
+        monkeypatch.setattr(encoding, "INNER", "_encode_as_nobody_does_yet")
+    else:
+        honest = PreTrainedTokenizerBase.__call__
+        monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", lambda self, *a, **k: honest(self, *a, **k))
+    assert not only_calls_the_library(tokenizer)
+    assert [(t.ids.tolist(), t.first_end) for t in encode_texts(texts, tokenizer)] == expected
 
 
 def test_no_texts_are_no_tokens():

@@ -704,7 +704,8 @@ def test_later_overrides_win(tmp_path):
         ("data[0].train=1", "there is nothing at '0'"),
         ("stages.lr=1", "stages has no keys of its own"),
         ("stages[0].lr.x=1", "stages[0].lr has no keys of its own"),
-        ("seed=[", "not valid YAML"),
+        ("seed=[", "--set seed=[ (column 7): not valid YAML"),
+        ("seed=a\0b", "--set seed=a b: not valid YAML: unacceptable character #x0000"),
         ("seed=!!python/name:os.system x", "could not determine a constructor"),
         ("sead=1", "unknown key 'sead'. Did you mean 'seed'"),
         ("stages[0].steps=1.5", "'stages[0].steps': input should be a valid integer, found 1.5"),
@@ -745,6 +746,32 @@ def test_what_is_wrong_only_with_an_override_beside_it_names_both(tmp_path):
     found = refused(tmp_path, GOOD, "stages[0].accumulate=3", "seed=1")
     assert "does not divide data.batch" in found
     assert found.endswith("(with --set stages[0].accumulate=3)")
+
+
+LONG = "stages[0]={learn: ffn, optimizer: {name: adamw, device: cpu}, lr: 1e-4, steps: 3, x: [1, name: "
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "what"),
+    [
+        ("stages[0]={:1:2", 15, "not valid YAML: expected ',' or '}', but got the end of it"),
+        ("seed=@x", 5, "not valid YAML: found character '@' that cannot start any token"),
+        ("seed= *x", 6, "a recipe has no aliases"),
+        ("data={train: t, train: u}", 16, 'not valid YAML: found duplicate key "train"'),
+        ("data=train: [\n  a: b: c", 20, "not valid YAML: expected ',' or ']', but got ':'"),
+        (LONG + "}" * 80, len(LONG), "not valid YAML: "),
+    ],
+)
+def test_broken_yaml_in_an_override_is_pointed_at_in_the_override_itself(tmp_path, override, place, what):
+    said, text, pointer = refused(tmp_path, GOOD, override).split("\n")
+    assert said.startswith(f"--set {override[:20]}".replace("\n", " "))
+    assert f" (column {place + 1}): {what}" in said
+    at = pointer.index("^")
+    around = text[2:].strip("…")
+    assert around in override.replace("\n", " ")
+    assert (text + " ")[at] == (override + " ")[place]
+    assert text[:at].endswith(override[max(0, place - 9) : place].replace("\n", " "))
+    assert len(text) < 110
 
 
 @pytest.mark.parametrize("override", [f"stages[{'9' * 5000}].lr=1", "seed=" + "[" * 500 + "]" * 500])

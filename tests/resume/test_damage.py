@@ -6,9 +6,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 from frostline import audit, checkpoints, train
 from frostline.cli import app
 from frostline.engine import RunStarted, StepDone
+from frostline.environment import hash_code
 from frostline.errors import RunFolderError, StorageError
 from frostline.recipe import Recipe
 from frostline.resume import resume
@@ -208,6 +211,33 @@ def test_other_versions_and_threads_are_refused_by_name(cut: Path) -> None:
     path.write_text(json.dumps(environment))
     with pytest.raises(RunFolderError, match=r"packages\.torch: 1\.0 → 2[\s\S]*threads: \d+ → \d+"):
         resume(cut)
+
+
+def test_a_run_that_other_code_began_is_refused_although_its_version_is_the_same(cut: Path) -> None:
+    """As one of a GPT-2 begun before the dropout of frozen embeddings was switched off: then only the version was
+    written down, and a run would go on with another computation."""
+    path = cut / "environment.json"
+    environment = json.loads(path.read_text())
+    now = environment["packages"]["frostline"]
+    for then in (version("frostline"), f"{version('frostline')}+0123456789ab"):
+        environment["packages"]["frostline"] = then
+        path.write_text(json.dumps(environment))
+        with pytest.raises(RunFolderError, match=re.escape(f"packages.frostline: {then} → {now}")):
+            resume(cut)
+
+
+def test_the_hash_of_code_is_of_every_name_and_every_byte(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "engine" / "b.py").write_text("y = 1\n")
+    found = [hash_code(tmp_path)]
+    (tmp_path / "engine" / "b.py").write_text("y = 2\n")
+    found.append(hash_code(tmp_path))
+    (tmp_path / "engine" / "b.py").rename(tmp_path / "b.py")
+    found.append(hash_code(tmp_path))
+    assert len(set(found)) == 3
+    (tmp_path / "notes.txt").write_text("no code")
+    assert hash_code(tmp_path) == found[-1]
 
 
 def test_an_edited_recipe_is_refused_with_old_and_new_and_how_to_save_may_be_edited(cut: Path, stopped: Path) -> None:

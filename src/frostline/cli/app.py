@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -139,9 +140,10 @@ class _Lines(Console):
 
 def make_console(*, stderr: bool = False) -> Console:
     """Where to print for people."""
-    # a pipe has no width: then nothing is cut off
-    console = _Lines(stderr=stderr)
-    return console if console.is_terminal else _Lines(stderr=stderr, width=160)
+    # `experts[top 4 by tokens]` is no style and `:a:` no picture
+    made = partial(_Lines, stderr=stderr, markup=False, emoji=False)
+    console = made()
+    return console if console.is_terminal else made(width=160)  # a pipe has no width: nothing is cut off
 
 
 def print_json(data: Any) -> None:

@@ -18,6 +18,9 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 SETTINGS = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
 """Of the tokenizer's call: text that happens to read like a special token stays text."""
+INNER = "_encode_plus"
+"""The method that a tokenizer's call passes its texts to, in transformers 5.14 to 5.23: private, and where a tokenizer
+with ways of its own has them. Nothing public tells."""
 BEGINNING = 32
 """Characters that the place of a text's first token is looked for in."""
 
@@ -50,12 +53,19 @@ def _encoded(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def only_calls_the_library(tokenizer: Any) -> bool:
-    """Whether calling the tokenizer is what `transformers` itself does: the library's `encode_batch`, nothing more."""
-    kind = type(tokenizer)
+    """Whether calling the tokenizer is what `transformers` itself does: the library's `encode_batch`, nothing more.
+
+    Where that is not known, as with a `transformers` whose call goes another way, the answer is no, which costs time
+    and no more.
+    """
+    kind, call = type(tokenizer), PreTrainedTokenizerBase.__call__
+    inner = getattr(PreTrainedTokenizerFast, INNER, None)
     return (
         issubclass(kind, PreTrainedTokenizerFast)
-        and kind.__call__ is PreTrainedTokenizerBase.__call__
-        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        and kind.__call__ is call
+        and inner is not None
+        and INNER in getattr(getattr(call, "__code__", None), "co_names", ())
+        and getattr(kind, INNER, None) is inner
         and kind.backend_tokenizer is PreTrainedTokenizerFast.backend_tokenizer
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from frostline.errors import RecipeError
 from frostline.recipe.schedule_spec import SCHEDULES
-from frostline.recipe.yaml_text import KeyPath, parse_yaml
+from frostline.recipe.yaml_text import BrokenYamlError, KeyPath, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,27 @@ def apply_override(values: dict[str, Any], override: str) -> Override:
         _item(target, last, override)
     elif not isinstance(target, dict):
         raise RecipeError(f"--set {override}: {format_key(path[:-1])} has no keys of its own")
-    target[last] = parse_yaml(text, where=f"--set {shortened(override)}").values
+    target[last] = _value(override, text)
     return Override(path, shortened(override))
+
+
+def _value(override: str, text: str) -> Any:
+    """The value that ends an `override`. Raises `RecipeError` that points at the place in it."""
+    try:
+        return read_yaml(text).values
+    except BrokenYamlError as problem:
+        at = None if problem.index is None else len(override) - len(text) + problem.index
+        column = "" if at is None else f" (column {at + 1})"
+        pointer = "" if at is None else "\n" + pointed(override, at)
+        raise RecipeError(f"--set {shortened(override)}{column}: {problem}{pointer}") from None
+
+
+def pointed(text: str, at: int, *, around: int = 50) -> str:
+    """What stands around a place (characters before it) in a text, in one line, and a `^` below the place."""
+    start = max(0, at - around)
+    before, after = ("…" if start else "") + text[start:at], text[at : at + around]
+    more = "…" if len(text) > at + around else ""
+    return f"  {in_a_line(before + after)}{more}\n  {' ' * len(before)}^"
 
 
 def _check_has_stages(values: dict[str, Any], path: KeyPath, override: str) -> None:
@@ -84,5 +103,10 @@ def _item(target: Any, part: str | int, override: str) -> Any:
 
 
 def shortened(text: str) -> str:
-    """The beginning of a long text."""
-    return text if len(text) <= 60 else text[:57] + "…"
+    """The beginning of a long text, in one line."""
+    return in_a_line(text if len(text) <= 60 else text[:57] + "…")
+
+
+def in_a_line(text: str) -> str:
+    """A text with spaces in place of line ends and characters that cannot be shown."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -36,36 +36,58 @@ class YamlDocument:
         return None
 
 
+class BrokenYamlError(Exception):
+    """What is wrong with a YAML text, and where in it."""
+
+    def __init__(self, what: str, mark: Any = None) -> None:
+        super().__init__(what)
+        self.place: tuple[int, int] | None = None if mark is None else (mark.line + 1, mark.column + 1)
+        """Line and column, from 1 on, where they are known."""
+        self.index: int | None = None if mark is None else mark.index
+        """The same as characters before it."""
+
+
 def parse_yaml(text: str, *, where: str) -> YamlDocument:
     """Parse one YAML 1.2 document. `where` names the file in errors. Raises `RecipeError` with line and column."""
+    try:
+        return read_yaml(text)
+    except BrokenYamlError as problem:
+        place = f"{where}:{problem.place[0]}:{problem.place[1]}" if problem.place else where
+        raise RecipeError(f"{place}: {problem}") from None
+
+
+def read_yaml(text: str) -> YamlDocument:
+    """Parse one YAML 1.2 document. Raises `BrokenYamlError`."""
     yaml = YAML(typ="safe", pure=True)
     lines: dict[KeyPath, int] = {}
-    _refuse_directives_and_aliases(text, where)
+    _refuse_directives_and_aliases(text)
     try:
         values = yaml.load(text)
         root = YAML(typ="safe", pure=True).compose(text)
         if root is not None:
             _collect_lines(root, (), lines)
     except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise RecipeError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+        what = str(error.problem or error.context).replace("'<stream end>'", "the end of it")
+        raise BrokenYamlError(f"not valid YAML: {what}", error.problem_mark or error.context_mark) from None
     except RecursionError:
-        raise RecipeError(f"{where}: not valid YAML here: nested too deeply, or without end") from None
+        raise BrokenYamlError("not valid YAML here: nested too deeply, or without end") from None
     except (YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise BrokenYamlError(f"not valid YAML: {first}") from None
     return YamlDocument(values=values, lines=lines)
 
 
-def _refuse_directives_and_aliases(text: str, where: str) -> None:
+def _refuse_directives_and_aliases(text: str) -> None:
     """A recipe has no use for `%YAML 1.1` (other numbers) or aliases (a few lines of which can mean gigabytes)."""
     try:
         for event in YAML(typ="safe", pure=True).parse(text):
-            place = f"{where}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
             if isinstance(event, AliasEvent):
-                raise RecipeError(f"{place}: a recipe has no aliases (*{event.anchor}); write the value out")
+                raise BrokenYamlError(
+                    f"a recipe has no aliases (*{event.anchor}); write the value out", event.start_mark
+                )
             if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
-                raise RecipeError(f"{place}: a recipe is YAML 1.2, not {'.'.join(map(str, event.version))}")
+                version = ".".join(map(str, event.version))
+                raise BrokenYamlError(f"a recipe is YAML 1.2, not {version}", event.start_mark)
     except (YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # reported by the reader itself
 
