@@ -71,6 +71,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2, "shared_expert_intermediate_size": 32,
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
+    "zamba": {"use_mamba_kernels": False},  # 5.14 does not run without kernels otherwise; later it says nothing
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }  # fmt: skip
 """Fields that a type's default configuration needs so that it can be built at all, or shows its kinds in few layers."""

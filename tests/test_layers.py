@@ -58,6 +58,7 @@ ROWS: dict[str, float] = {
     "dtypes": 2.2,
     "folding": 2.5,
     "grouped": 1.5,
+    "older": 1.5,
     "anatomy": 2,
     "recipe": 1,
     "storage": 0.5,

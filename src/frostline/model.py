@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from frostline.dtypes import set_dtype
 from frostline.errors import ModelError, did_you_mean
 from frostline.grouped import use_own_experts
+from frostline.older import mend
 from frostline.recipe import ScratchModel
 
 Source = str | ScratchModel
@@ -204,6 +205,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def _module(model: Any) -> nn.Module:
     assert isinstance(model, nn.Module)
+    mend(model)
     use_own_experts(model)
     return model
 

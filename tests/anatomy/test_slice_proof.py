@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from versions import OTHERWISE, TRANSFORMERS, WRITTEN_FOR, skip_unknown
 
 from frostline.anatomy import Anatomy, Component, Slice, module_of, read_anatomy, take
 from frostline.anatomy.component import Cut
@@ -37,7 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 with groups": ("qwen2", {"num_key_value_heads": 2}),
     "stablelm with groups": ("stablelm", {"num_key_value_heads": 2}),
     "gemma4 with keys as values": ("gemma4_text", {**FOUR_LAYERS, "attention_k_eq_v": True,
-        "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        "num_global_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}),
     "deepseek_v2 with q in one matrix": ("deepseek_v2", {"q_lora_rank": None, **all_types.DEFAULTS["deepseek_v2"]}),
     "deepseek_v3 with q in one matrix": ("deepseek_v3", {"q_lora_rank": None}),
     "deepseek_v4 with short windows": (
@@ -65,6 +66,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(model_type: str, **fields: Any) -> Any:
+    skip_unknown(model_type)
     torch.manual_seed(0)
     config = tiny_config(CONFIG_MAPPING[model_type](**fields)) if fields else all_types.small_config(model_type)
     return AutoModelForCausalLM.from_config(config)
@@ -100,7 +102,7 @@ def check(anatomy: Anatomy, proof: SliceProof) -> None:
     assert {name for name in measured if not name.endswith(".gate")} == expected(anatomy)
 
 
-@pytest.mark.parametrize("model_type", all_types.DECODERS)
+@pytest.mark.parametrize("model_type", [pytest.param(t, marks=OTHERWISE.get(t, ())) for t in all_types.DECODERS])
 def test_slices_agree_with_what_a_tiny_model_does(model_type: str) -> None:
     check(*proof_of(model_type))
 
@@ -123,9 +125,11 @@ def test_cross_attention_is_named_by_its_own_layout_has_no_heads_and_is_listed_a
 
 def test_most_types_have_heads_neurons_and_experts() -> None:
     found = [expected(proof_of(t)[0]) for t in all_types.DECODERS]
-    assert sum("attn.heads" in names for names in found) >= 115
-    assert sum("ffn.experts" in names for names in found) >= 55
-    assert sum("ffn.neurons" in names for names in found) >= 90
+    heads, experts, neurons = (sum(c in names for names in found) for c in ("attn.heads", "ffn.experts", "ffn.neurons"))
+    newest = TRANSFORMERS >= WRITTEN_FOR  # with 136 types; 5.14 has 119
+    assert heads >= (115 if newest else 105)
+    assert experts >= (55 if newest else 42)
+    assert neurons >= (90 if newest else 86)
 
 
 @pytest.mark.parametrize(("model_type", "part"), [*OTHER_ROLES, *TRUE_EXCEPTIONS])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from versions import older_than
 
 from frostline.data import templates
 from frostline.data.templates import Job, Template, render
@@ -65,7 +66,12 @@ def test_a_template_that_writes_too_much_is_an_error():
         "{{ messages[0].__init__ }}",
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}",
-        "{{ namespace(__class__=1) }}",
+        pytest.param(
+            "{{ namespace(__class__=1) }}",
+            marks=older_than("5.22", "a namespace takes such a name, and shows the value it was given"),
+        ),
+        "{% set n = namespace(__class__=1) %}{{ n.__class__.__mro__ }}",
+        "{% set n = namespace() %}{% set n.__class__ = 1 %}{{ n.__class__.__base__ }}",
         "{{ '{0.__class__}'.format(1) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 1 // 0 }}",

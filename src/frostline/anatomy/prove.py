@@ -24,6 +24,7 @@ from frostline.anatomy.read import read_anatomy
 from frostline.anatomy.shrink import tiny_config
 from frostline.anatomy.slice_proof import SliceProof, prove_slices
 from frostline.errors import AnatomyError, first_line
+from frostline.older import mend
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 4096}
 """A model of at most these sizes is probed as it is."""
@@ -72,6 +73,7 @@ def tiny_model(config: Any, *, seed: int = 0) -> nn.Module:
             f"{config.model_type}: no tiny model can be built to prove it on: {first_line(error)}"
         ) from error
     assert isinstance(model, nn.Module)
+    mend(model)
     return model
 
 

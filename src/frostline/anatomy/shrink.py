@@ -68,6 +68,8 @@ SIZES: tuple[tuple[re.Pattern[str], int], ...] = tuple(
 
 DEPTH = re.compile(r"^(num_hidden_layers|n_layers?|num_layers|decoder_layers)$")
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+OF_THE_WHOLE = ("_name_or_path", "output_attentions")
+"""Fields that `to_dict` gives parts of a configuration too; those of DBRX refuse them before transformers 5.20."""
 PER_LAYER = re.compile(r"(layer_types|layers_block_type|layers_type|mlp_layer_types|block_types)$")
 MAY_BE_DERIVED = ("num_key_value_heads", "head_dim", "intermediate_size")
 """Fields whose None means "derived from the full sizes": they are set all the same."""
@@ -101,7 +103,7 @@ def tiny_config(config: Any) -> Any:
     small = shrink_fields(fields)
     for name in getattr(type(config), "sub_configs", {}):
         if isinstance(fields.get(name), dict):
-            small[name] = shrink_fields(fields[name])
+            small[name] = {k: v for k, v in shrink_fields(fields[name]).items() if k not in OF_THE_WHOLE}
     for name in ("torch_dtype", "dtype"):
         small.pop(name, None)
     return type(config).from_dict(small)

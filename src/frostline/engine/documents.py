@@ -47,6 +47,8 @@ def document_attention(
     Without `documents` every row is one. Padding after a row's documents gets zeros. A mask is for calls that are not
     training (generation): transformers' own function then does all of it.
     """
+    if settings.get("softcap") is not None:  # transformers up to 5.20 leaves it out silently, and so would the kernel
+        raise ValueError("torch's attention has no cap on scores (`softcap`)")
     rows, length = query.shape[0], query.shape[2]
     if attention_mask is not None or key.shape[2] != length:
         whole: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)[0]
