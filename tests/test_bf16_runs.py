@@ -20,10 +20,11 @@ from frostline.engine import Chose, Noted, StageEnded, stage_switch
 from frostline.engine.optimizers import Optimizers
 from frostline.errors import CompileError, ModelError, RecipeError
 from frostline.feed import get_tokenizer
-from frostline.model import Weights, load_model, save_model
+from frostline.model import load_model, save_model
 from frostline.planning import plan_recipe
 from frostline.recipe import ScratchModel, dump_yaml, recipe_from_dict
 from frostline.run import RunResult
+from frostline.weights import Weights
 
 ROUNDINGS = ["masters", "stochastic", "nearest"]
 

@@ -50,6 +50,8 @@ ROWS: dict[str, float] = {
     "data": 4,
     "moe": 4,
     "selection": 3,
+    "model_source": 2.3,
+    "weights": 2.5,
     "model": 2.5,
     "tokenizer_files": 2.6,
     "run_folder": 2.5,

@@ -35,11 +35,12 @@ from frostline.audit import audit
 from frostline.dtypes import weights_dtype
 from frostline.errors import ModelError, RunFolderError
 from frostline.export import check_outside, finished, new_folder
-from frostline.model import Weights, load_model, load_tokenizer, save_model, untie
+from frostline.model import load_model, load_tokenizer, save_model, untie
 from frostline.recipe import Recipe, ScratchModel, load_recipe
 from frostline.run_folder import RunFolder, checkpoint_of
 from frostline.storage import appearing_whole
 from frostline.tokenizer_files import tokenizer_files, tokenizer_from_files
+from frostline.weights import Weights
 
 
 def export_delta(run: str | Path, out: str | Path) -> Path:

@@ -18,13 +18,14 @@ import torch
 from frostline.anatomy import Anatomy
 from frostline.engine.stage_bytes import stage_bytes
 from frostline.errors import RecipeError, SelectionError
-from frostline.model import Weights, load_model
+from frostline.model import load_model
 from frostline.recipe import Recipe, ScratchModel, plain, with_stages
 from frostline.recipe.schedule_spec import Spectrum
 from frostline.schedule import Schedule, make_groups
 from frostline.schedule.named import PlainStage, chosen_expression, plain_stages
 from frostline.schedule.spectrum import Ranked, fingerprint_of, rank
 from frostline.selection import Selection, select
+from frostline.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from frostline.errors import DataError
-from frostline.model import load_model, load_tokenizer, quiet_transformers
+from frostline.model import load_model, load_tokenizer
+from frostline.model_source import quiet_transformers
 from frostline.run_folder import checkpoint_of
 
 LEAST_TEMPERATURE = 1e-3

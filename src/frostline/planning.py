@@ -20,7 +20,8 @@ from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError, SelectionError
 from frostline.feed import fit_attention
 from frostline.levers import Outlook, memory_of, prefix_outlook
-from frostline.model import Source, load_random, load_skeleton, untie
+from frostline.model import load_random, load_skeleton, untie
+from frostline.model_source import Source
 from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, points_for, time_stage
 from frostline.prepared import Unresolved, batching_of, choose_device, prepare, unresolved
 from frostline.recipe import Recipe, StageSpec, load_recipe, plain

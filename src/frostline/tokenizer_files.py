@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from frostline.errors import ModelError
-from frostline.model import load_tokenizer, quiet_transformers
+from frostline.model import load_tokenizer
+from frostline.model_source import quiet_transformers
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

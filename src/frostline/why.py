@@ -19,11 +19,13 @@ from frostline.anatomy import Anatomy, Component, read_anatomy, take, tiny_confi
 from frostline.errors import FrostlineError, PlanError, SelectionError
 from frostline.folding import folded
 from frostline.levers import Outlook, memory_of
-from frostline.model import Source, Weights, load_config, quiet_transformers
+from frostline.model import load_config
+from frostline.model_source import Source, quiet_transformers
 from frostline.plan import StageCost
 from frostline.planning import Subject, outlook_of, subject_of
 from frostline.recipe import load_recipe
 from frostline.schedule import Stage
+from frostline.weights import Weights
 
 SILENT = 1e-6
 """A part whose gradient is smaller than this share of the largest part's gets no signal but rounding."""

@@ -19,9 +19,9 @@ from frostline.engine import stage_switch
 from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.optimizers import Optimizers
 from frostline.errors import RunFolderError
-from frostline.model import Weights
 from frostline.prepared import prepare
 from frostline.ready import load_weights
+from frostline.weights import Weights
 
 Build = Callable[..., Optimizers]
 

@@ -19,11 +19,12 @@ from frostline.anatomy import read_anatomy
 from frostline.engine import StageCompiled
 from frostline.engine.rounding import round_by_chance
 from frostline.engine.stage_switch import switch
-from frostline.model import Weights, load_model
+from frostline.model import load_model
 from frostline.recipe import ScratchModel, StageSpec, recipe_from_dict
 from frostline.run import RunResult
 from frostline.schedule import Schedule
 from frostline.selection import select
+from frostline.weights import Weights
 
 pytestmark = [
     pytest.mark.cuda,

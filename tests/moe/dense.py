@@ -11,7 +11,7 @@ from all_types import small_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from frostline.model import quiet_transformers
+from frostline.model_source import quiet_transformers
 
 
 def save_dense(model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:

@@ -13,7 +13,7 @@ from frostline.anatomy import read_anatomy
 from frostline.engine.notes import learns_some_experts, notes_on
 from frostline.engine.stage_switch import switch
 from frostline.grouped import NAME, let_experts_learn, odd_width, own_modules, use_own_experts
-from frostline.model import quiet_transformers
+from frostline.model_source import quiet_transformers
 from frostline.moe import find_sites
 from frostline.recipe import StageSpec
 from frostline.schedule import Schedule

@@ -8,7 +8,7 @@ from all_types import small_model
 from test_single_experts import EXPERTS, tokens
 
 from frostline.grouped import NAME, own_modules, use_own_experts
-from frostline.model import quiet_transformers
+from frostline.model_source import quiet_transformers
 
 NOT_OURS = {
     "dbrx": "its experts are rows of two-dimensional tensors, and it chooses no implementation",

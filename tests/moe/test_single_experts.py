@@ -9,7 +9,7 @@ from all_types import DECODERS, small_model
 import frostline
 from frostline.anatomy import fingerprint, read_anatomy, take
 from frostline.errors import ModelError
-from frostline.model import quiet_transformers
+from frostline.model_source import quiet_transformers
 from frostline.moe import choice_of, find_sites, watch_routers
 
 FAST = ("mixtral", "gpt_oss", "deepseek_v3")

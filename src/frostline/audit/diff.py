@@ -14,8 +14,9 @@ import torch
 from frostline.anatomy import Anatomy, Slice, read_anatomy, take, whole
 from frostline.audit.movement import Movement, measure, total
 from frostline.errors import AnatomyError, ModelError
-from frostline.model import Weights, load_skeleton
+from frostline.model import load_skeleton
 from frostline.run_folder import checkpoint_of
+from frostline.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

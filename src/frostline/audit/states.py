@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from frostline.anatomy import Anatomy, Slice, fingerprint, take
 from frostline.errors import ModelError, RunFolderError
-from frostline.model import Weights
 from frostline.run_folder import RunFolder
+from frostline.weights import Weights
 
 
 class States:

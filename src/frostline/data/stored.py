@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from frostline.errors import DataError, first_line
-from frostline.model import quiet_transformers
+from frostline.model_source import quiet_transformers
 
 ROWS_TOGETHER = 256
 

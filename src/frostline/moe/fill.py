@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from frostline.anatomy import Component, Slice, named_tensors, put, read_anatomy, take
 from frostline.errors import ModelError
-from frostline.model import quiet_transformers
+from frostline.model_source import quiet_transformers
 from frostline.moe.pairs import TARGETS, Pair
 from frostline.randomness import derive_seed
 

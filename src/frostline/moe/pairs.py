@@ -15,7 +15,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from frostline.errors import ModelError, did_you_mean
-from frostline.model import quiet_transformers
+from frostline.model_source import quiet_transformers
 
 LayerFields = Callable[[Sequence[int], int], dict[str, Any] | None]
 """(layers that get experts, number of layers) → configuration fields; None when the target cannot have these layers."""

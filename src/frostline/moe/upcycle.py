@@ -18,7 +18,8 @@ from torch import nn
 
 from frostline.anatomy import read_anatomy
 from frostline.errors import ModelError
-from frostline.model import load_config, load_model, load_tokenizer, quiet_transformers
+from frostline.model import load_config, load_model, load_tokenizer
+from frostline.model_source import quiet_transformers
 from frostline.moe.fill import Init, Start, filled
 from frostline.moe.pairs import find_pair, target_config
 from frostline.moe.sites import find_sites

@@ -20,7 +20,8 @@ from frostline.engine.documents import use_document_attention
 from frostline.engine.recompute import recompute_blocks
 from frostline.engine.rounding import Rounding
 from frostline.errors import FrostlineError, PlanError, in_one_line
-from frostline.model import Source, load_fake, untie
+from frostline.model import load_fake, untie
+from frostline.model_source import Source
 from frostline.plan.alike import Build, Layout, builds, exchanged, layout
 from frostline.plan.cost import StageCost
 from frostline.plan.meter import KINDS, Device, Meter
