@@ -109,12 +109,18 @@ def test_bits_per_byte_do_not_depend_on_the_tokens():
     assert bits_per_byte(1.0, None) is None
 
 
-def test_measuring_more_changes_nothing_that_is_trained(run, texts):
+@pytest.fixture(scope="module")
+def plain(texts):
+    """The same run without the sets."""
     frostline.train(recipe(texts, keep=(), held_out=("held.txt", "numbers.txt")), out=texts / "plain")
-    for more, plain in zip([r for r in rows_of(run) if "set" not in r], rows_of(texts / "plain"), strict=True):
-        assert more == plain
+    return texts / "plain"
+
+
+def test_measuring_more_changes_nothing_that_is_trained(run, plain):
+    for more, without in zip([r for r in rows_of(run) if "set" not in r], rows_of(plain), strict=True):
+        assert more == without
     name = "model/model.safetensors"
-    assert (run / name).read_bytes() == (texts / "plain" / name).read_bytes()
+    assert (run / name).read_bytes() == (plain / name).read_bytes()
 
 
 def test_an_interrupted_run_with_sets_ends_with_the_same_metrics(run, texts):
@@ -173,16 +179,16 @@ def test_sets_have_the_layout_of_the_run(texts, layout):
     assert last["set_loss"] == pytest.approx(total / n_targets, rel=1e-5)
 
 
-def test_the_report_shows_learning_against_forgetting(run, texts):
+def test_the_report_shows_learning_against_forgetting(run, plain):
     page = write_report(run).read_text()
     assert "Learning and forgetting" in page
     rows = rows_of(run)
     first, last = (next(r for r in rs if r.get("set") == "keep")["set_loss"] for rs in (rows, rows[::-1]))
     assert f"{last - first:+.4f}" in page
     assert "Change of the loss of every measured set" in page
-    plain = write_report(texts / "plain").read_text()
-    assert "Change of the loss of every measured set" not in plain
-    assert "bits per byte" in plain
+    page = write_report(plain).read_text()
+    assert "Change of the loss of every measured set" not in page
+    assert "bits per byte" in page
     assert RunFolder.open(run).read_json("environment.json")["data"][-1]["path"].endswith(".txt")
 
 
