@@ -54,36 +54,16 @@ def evidence_of(
     def rows_that(claim: str, bad: str) -> Evidence:
         return _check(claim, [f"{r.component} (stage {r.stage})" for r in rows if r.verdict == bad], "recorded")
 
-    status = folder.read_status()
-    step = status["step"]
-    again = f"; `frostline resume {folder.path}` goes on" if folder.has_recipe() else ""
-    how = {
-        "running": f", then it was killed, or it is under way{again}",
-        "failed": f", then: {status.get('message')}{again}",
-    }
-    ends = boundaries[-1].hashes if boundaries else {}
-    has_model = folder.model.exists() or folder.has_recipe()  # a loop of the user's need not save one
-    saved = [n for n, p in pieces.items() if p.tensor in states.stored and has_model]
     return [
         rows_that("frozen parts that moved", "FROZEN BUT MOVED"),
         rows_that("learning parts that did not move, without a reason", "LEARNING BUT UNMOVED"),
-        Evidence(
-            claim=RAN_TO_ITS_END,
-            expected=f"{stages[-1].end} steps",
-            measured=f"{step} steps{how.get(status['state'], '')}",
-            passed=step == stages[-1].end and len(boundaries) == len(stages) + 1,
-            basis="recorded",
-        ),
+        _ran_to_its_end(folder, stages, boundaries),
         _check(
             "kept entry values that contradict the recorded hashes",
             _mismatches(boundaries, states, stages, all_kept=folder.keeps_all_at_switches()),
             "recomputed",
         ),
-        _check(
-            "pieces of the saved model that contradict the hash recorded at the end",
-            [n for n in saved if states.model_hashes.get(n) != ends.get(n)],
-            "recomputed",
-        ),
+        _saved_model(folder, boundaries, pieces, states),
         _model_files(folder),
         _foreign_tensors(states),
         _recipe(folder, anatomy, stages),
@@ -102,6 +82,35 @@ def _check(claim: str, found: list[str], basis: Basis) -> Evidence:
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     measured = ", ".join(found[:8]) + more or "none"
     return Evidence(claim=claim, expected="none", measured=measured, passed=not found, basis=basis)
+
+
+def _ran_to_its_end(folder: RunFolder, stages: list[StageRecord], boundaries: list[Boundary]) -> Evidence:
+    """Every stage was trained to its end, and its evidence written."""
+    status = folder.read_status()
+    again = f"; `frostline resume {folder.path}` goes on" if folder.has_recipe() else ""
+    how = {
+        "running": f", then it was killed, or it is under way{again}",
+        "failed": f", then: {status.get('message')}{again}",
+    }
+    return Evidence(
+        claim=RAN_TO_ITS_END,
+        expected=f"{stages[-1].end} steps",
+        measured=f"{status['step']} steps{how.get(status['state'], '')}",
+        passed=status["step"] == stages[-1].end and len(boundaries) == len(stages) + 1,
+        basis="recorded",
+    )
+
+
+def _saved_model(folder: RunFolder, boundaries: list[Boundary], pieces: dict[str, Slice], states: States) -> Evidence:
+    """The saved model is what the run ended with."""
+    ends = boundaries[-1].hashes if boundaries else {}
+    has_model = folder.model.exists() or folder.has_recipe()  # a loop of the user's need not save one
+    saved = [n for n, p in pieces.items() if p.tensor in states.stored and has_model]
+    return _check(
+        "pieces of the saved model that contradict the hash recorded at the end",
+        [n for n in saved if states.model_hashes.get(n) != ends.get(n)],
+        "recomputed",
+    )
 
 
 def _model_files(folder: RunFolder) -> Evidence:
