@@ -39,6 +39,7 @@ ROWS: dict[str, float] = {
     "run": 7,
     "learning": 7,
     "planning": 7.5,
+    "plan_subject": 7.4,
     "scheduling": 7.5,
     "lr_range": 7.5,
     "why": 7.6,

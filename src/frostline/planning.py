@@ -5,26 +5,24 @@ Composes recipe, model and `plan`; `frostline plan` is these calls. Read `plan_r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from frostline.anatomy import Anatomy, find_blocks, read_anatomy
-from frostline.data import Layout
+from frostline.anatomy import find_blocks, read_anatomy
 from frostline.engine import choose_loss
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import PlanError, SelectionError
 from frostline.feed import fit_attention
-from frostline.levers import Outlook, memory_of, prefix_outlook
+from frostline.levers import Outlook, memory_of
 from frostline.model import load_random, load_skeleton, untie
-from frostline.model_source import Source
-from frostline.plan import Batching, Device, Plan, StageCost, like, make_plan, plan_to_json, points_for, time_stage
-from frostline.prepared import Unresolved, batching_of, choose_device, prepare, unresolved
-from frostline.recipe import Recipe, StageSpec, load_recipe, plain
+from frostline.plan import Batching, Device, Plan, StageCost, like, plan_to_json, points_for, time_stage
+from frostline.plan_subject import Subject, outlook_of, subject_of
+from frostline.recipe import StageSpec, load_recipe, plain
 from frostline.run_folder import checkpoint_of
 from frostline.schedule import Schedule, Stage
 from frostline.selection import select
@@ -124,55 +122,6 @@ class Planned:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """What is planned: enough to plan variants of it."""
-
-    source: Source
-    schedule: Schedule
-    batching: Batching
-    untied: bool
-    trust_remote_code: bool
-    recipe: Recipe | None = None
-    """What it was made of; None for a bare model."""
-    layout: Layout = "stream"
-    unresolved: Mapping[int, Unresolved] = field(default_factory=dict)
-    """Stage → its selection, where experts stand in for it."""
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """Of the model."""
-        return self.schedule.stages[0].selection.anatomy
-
-    def plan(self, schedule: Schedule | None = None, batching: Batching | None = None) -> Plan:
-        """The plan of the subject, or of another schedule or batching over its model."""
-        return make_plan(
-            self.source,
-            schedule or self.schedule,
-            batching or self.batching,
-            untied=self.untied,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-    def on(self, device: Device | None) -> Subject:
-        """The same by another device's kernels."""
-        return self if device is None else replace(self, batching=replace(self.batching, device=device))
-
-    def alone(self, stage: Stage) -> Schedule:
-        """One step of `stage`."""
-        return Schedule(stages=(replace(stage, index=0, start=0, n_steps=1),))
-
-    def other(self, stage: Stage, learn: str) -> Schedule:
-        """One step of `stage` with another selection. Raises `SelectionError`."""
-        spec = stage.spec.model_copy(
-            update={"learn": learn, "steps": 1, "tokens": None, "epochs": None, "plateau": None}
-        )
-        lr = spec.lr if isinstance(spec.lr, float) else max(spec.lr.values())
-        optimizer = spec.optimizer.model_copy(update={"weight_decay": 0.0, "betas": None})
-        spec = spec.model_copy(update={"lr": lr, "optimizer": optimizer, "warmup": 0})
-        return Schedule.of([("other", spec, select(self.anatomy, learn, ties="together"))])
-
-
 def plan_recipe(
     path: Path,
     *,
@@ -215,26 +164,6 @@ def plan_model(
         trust_remote_code=trust_remote_code,
     )
     return _answered(subject.on(device), asked or Asked())
-
-
-def subject_of(recipe: Recipe, trust_remote_code: bool, *, stand_in: bool = False) -> Subject:
-    """A recipe as a subject; reads its data and its model's configuration. `stand_in`: see `prepare`."""
-    prepared = prepare(recipe, stand_in=stand_in, trust_remote_code=trust_remote_code)
-    return Subject(
-        source=recipe.model,
-        schedule=prepared.schedule,
-        batching=batching_of(prepared, choose_device(recipe)),
-        untied=recipe.ties == "untie",
-        trust_remote_code=trust_remote_code,
-        recipe=recipe,
-        layout=prepared.feed.layout,
-        unresolved=unresolved(prepared),
-    )
-
-
-def outlook_of(subject: Subject, plan: Plan) -> tuple[Outlook, ...]:
-    """What will become of every stage's frozen prefix; nothing is known of a bare model's."""
-    return prefix_outlook(subject.recipe, plan, subject.schedule, subject.layout) if subject.recipe else ()
 
 
 def _answered(subject: Subject, asked: Asked) -> Planned:

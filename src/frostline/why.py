@@ -22,7 +22,7 @@ from frostline.levers import Outlook, memory_of
 from frostline.model import load_config
 from frostline.model_source import Source, quiet_transformers
 from frostline.plan import StageCost
-from frostline.planning import Subject, outlook_of, subject_of
+from frostline.plan_subject import Subject, outlook_of, subject_of
 from frostline.recipe import load_recipe
 from frostline.schedule import Stage
 from frostline.weights import Weights
