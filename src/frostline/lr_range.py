@@ -18,8 +18,9 @@ from torch import nn
 
 from frostline.anatomy import fingerprint
 from frostline.engine import LoopSettings, LossFunction, loss_of, step
+from frostline.engine.evaluation import held_out_loss
+from frostline.engine.routes import enter_routes
 from frostline.engine.stage_switch import set_modes, switch
-from frostline.engine.train import enter_routes, held_out_loss
 from frostline.errors import FrostlineError, RecipeError, SelectionError
 from frostline.feed import batches_of, held_out_batches
 from frostline.randomness import derive_seed

@@ -13,7 +13,7 @@ from frostline.choices import Choice
 from frostline.dtypes import weights_dtype
 from frostline.engine import Chose, Chosen, LossFunction, Points, choose_loss, next_token_loss
 from frostline.engine.compiled import Compiled, check_compiles
-from frostline.engine.evaluation import EvalSet
+from frostline.engine.loop_settings import EvalSet
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import CompileError, FrostlineError, ModelError, RecipeError, in_one_line
 from frostline.feed import fit_attention

@@ -15,7 +15,7 @@ import torch
 from frostline.data import FlatRows, PackedRows, PaddedRows, RowSource, Store, Tally
 from frostline.data.caching import load_store
 from frostline.data.store import Ints
-from frostline.engine.evaluation import EvalSet
+from frostline.engine.loop_settings import EvalSet
 from frostline.errors import DataError
 from frostline.feed import Feed, Say, held_out_batches, lay, long_of, stream_of
 from frostline.model import load_config

@@ -13,8 +13,7 @@ from torch import nn
 import frostline
 from frostline.anatomy import anatomy_of_parts
 from frostline.engine import LoopSettings, train_loop
-from frostline.engine.buffers import FrozenBuffers
-from frostline.engine.train import find_derived_buffers
+from frostline.engine.buffers import FrozenBuffers, find_derived_buffers
 from frostline.recipe import StageSpec
 from frostline.run_folder import RunFolder
 from frostline.schedule import Schedule

@@ -11,6 +11,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from frostline.anatomy import fingerprint
+from frostline.engine.compiled import as_it_is
+from frostline.engine.step import Countable, LossFunction
+
 
 class FrozenBuffers:
     """The buffers of a model, as they were."""
@@ -56,6 +60,18 @@ class FrozenBuffers:
                 changed.append(name)
             self._seen[name] = tensor._version
         return list(dict.fromkeys(changed))
+
+
+def find_derived_buffers(model: nn.Module, batch: Countable, loss: LossFunction) -> tuple[str, ...]:
+    """Names of the buffers that a plain forward pass without gradients rewrites itself (rotary caches and the like)."""
+    before = {name: fingerprint(b) for name, b in model.named_buffers(remove_duplicate=False)}
+    if not before:
+        return ()
+    model.eval()
+    with as_it_is(), torch.no_grad():
+        loss(model, batch)
+    after = dict(model.named_buffers(remove_duplicate=False))
+    return tuple(name for name, old in before.items() if name not in after or fingerprint(after[name]) != old)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from frostline.engine.compiled import Compiled
-from frostline.engine.evaluation import EvalSet
 from frostline.engine.rounding import Rounding
 from frostline.engine.routes import Points
 from frostline.engine.run_state import RunState
@@ -28,6 +27,16 @@ Moment = Literal["start", "step", "stage end", "stop"]
 BatchFunction = Callable[[int, Stage], Sequence[Countable]]
 """(batch, the stage of its step) → the micro-batches of the step: a pure function. Batches count as steps do, over
 those that a rollback has left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSet:
+    """One set whose loss is measured, always on the same batches."""
+
+    name: str
+    batches: Sequence[Countable]
+    bytes_per_target: float | None = None
+    """UTF-8 bytes of text that a target stands for, over the whole set; None where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from frostline.engine.stage_switch import Active
 from frostline.engine.step import Countable, LossFunction, step
 from frostline.errors import NonFiniteError, SpikeError
 from frostline.randomness import derive_seed
-from frostline.schedule import Schedule
+from frostline.recipe import SpikeSpec
+from frostline.schedule import Schedule, Stage
 
 
 def one_step(
@@ -44,8 +45,8 @@ def one_step(
     """
     started = time.perf_counter()
     stage, ownership, optimizer = active.stage, active.ownership, active.optimizer
-    seed = derive_seed(settings.seed, "step", batch)
-    computed = step(model, micro_batches, loss, seed=seed, device=settings.device, bf16=settings.bf16)
+    device, bf16, seed = settings.device, settings.bf16, derive_seed(settings.seed, "step", batch)
+    computed = step(model, micro_batches, loss, seed=seed, device=device, bf16=bf16)
     if settings.compiled is not None:
         settings.compiled.drop_zeros()
     norm = ownership.norm()
@@ -53,25 +54,15 @@ def one_step(
     put_back()
     finite = math.isfinite(value) and bool(norm.isfinite())
     if not finite and not may_skip:
-        bf16, device = settings.bf16, settings.device
         where = find_nonfinite(
             model, stage.selection, ownership, micro_batches, loss, seed=seed, device=device, bf16=bf16
         )
-        raise NonFiniteError(
-            f"step {at + 1} (stage {stage.name}, batch {batch}): loss {value}, gradient norm {norm.item()}; stopped "
-            f"before the update; {where}",
-            loss=value,
-            gradient_norm=norm.item(),
-        )
+        said = f"loss {value}, gradient norm {norm.item()}; stopped before the update; {where}"
+        raise NonFiniteError(f"{_named(stage, at, batch)}: {said}", loss=value, gradient_norm=norm.item())
     spike = finite and is_spike(value, recent, settings.spike)
     if spike and settings.spike and settings.spike.policy != "warn":
-        raise SpikeError(
-            f"step {at + 1} (stage {stage.name}, batch {batch}): loss {value:.4g} is a spike, above "
-            f"{settings.spike.factor:g} times the median of the {len(recent)} losses before it, "
-            f"{statistics.median(recent):.4g}; stopped before the update",
-            loss=value,
-            gradient_norm=norm.item(),
-        )
+        said = _spiked(value, recent, settings.spike)
+        raise SpikeError(f"{_named(stage, at, batch)}: {said}", loss=value, gradient_norm=norm.item())
     lr = optimizer.set_rate(schedule.rate_at(at))
     if finite:
         recorder.gradients(stage, at + 1, ownership)
@@ -89,4 +80,15 @@ def one_step(
         seconds=time.perf_counter() - started,
         skipped=not finite,
         spike=spike,
+    )
+
+
+def _named(stage: Stage, at: int, batch: int) -> str:
+    return f"step {at + 1} (stage {stage.name}, batch {batch})"
+
+
+def _spiked(value: float, recent: Sequence[float], spike: SpikeSpec) -> str:
+    return (
+        f"loss {value:.4g} is a spike, above {spike.factor:g} times the median of the {len(recent)} losses before it, "
+        f"{statistics.median(recent):.4g}; stopped before the update"
     )

@@ -15,7 +15,7 @@ from torch import nn
 from frostline.anatomy import Anatomy, BlockProof, find_blocks, module_of, part_modules
 from frostline.engine.route_points import SETTINGS, RoutePoint, check_free, make_point
 from frostline.errors import RouteError
-from frostline.schedule import Route
+from frostline.schedule import Route, Stage
 
 MIXERS = ("attn", "linear_attn", "ssm", "conv")
 Signature = tuple[tuple[str, str], ...]
@@ -115,6 +115,12 @@ def set_routes(points: Points, routes: Sequence[Route]) -> None:
     for point, settings in todo:
         for name, value in settings.items():
             setattr(point, name, value)
+
+
+def enter_routes(points: Points | None, stage: Stage) -> None:
+    """Put exactly a stage's routes in force; after its switch, which says what learns."""
+    if points is not None:
+        set_routes(points, stage.routes)
 
 
 def _settings(block: BlockPoints, route: Route, layer: int) -> list[tuple[RoutePoint, dict[str, Any]]]:

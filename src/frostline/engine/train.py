@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, fingerprint, named_tensors
-from frostline.engine.buffers import FrozenBuffers
-from frostline.engine.compiled import Compiled, as_it_is, graphs
+from frostline.anatomy import Anatomy, named_tensors
+from frostline.engine.buffers import FrozenBuffers, find_derived_buffers
+from frostline.engine.compiled import Compiled, graphs
 from frostline.engine.corrections import forget_load, move_corrections
 from frostline.engine.dispatch import set_dispatch
-from frostline.engine.evaluation import bits_per_byte
+from frostline.engine.evaluation import bits_per_byte, held_out_loss
 from frostline.engine.events import (
     Evaluated,
     Event,
@@ -34,7 +33,7 @@ from frostline.engine.notes import notes_on
 from frostline.engine.one_step import one_step
 from frostline.engine.record import Recorder
 from frostline.engine.rollback import Window, batch_of, last_return, window_of
-from frostline.engine.routes import Points, set_routes
+from frostline.engine.routes import enter_routes, set_routes
 from frostline.engine.run_state import RunState, capture, reenter
 from frostline.engine.stage_switch import Active, Memory, set_modes, switch
 from frostline.engine.step import Countable, LossFunction
@@ -337,12 +336,6 @@ class _Loop:
         )
 
 
-def enter_routes(points: Points | None, stage: Stage) -> None:
-    """Put exactly a stage's routes in force; after its switch, which says what learns."""
-    if points is not None:
-        set_routes(points, stage.routes)
-
-
 def _proved(
     compiled: Compiled,
     model: nn.Module,
@@ -359,23 +352,3 @@ def _proved(
         model, active.ownership, micro_batch, loss, seed=seed, device=settings.device, bf16=settings.bf16
     )
     return StageCompiled(stage=active.stage, proof=proof, n_graphs=graphs() - since)
-
-
-def held_out_loss(model: nn.Module, batches: Sequence[Countable], loss: LossFunction, settings: LoopSettings) -> float:
-    """Mean loss per target over `batches`, in evaluation mode (no dropout)."""
-    model.eval()
-    with as_it_is(), torch.no_grad(), torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
-        total = sum(loss(model, b).item() for b in batches)
-    return total / max(sum(b.n_targets for b in batches), 1)
-
-
-def find_derived_buffers(model: nn.Module, batch: Countable, loss: LossFunction) -> tuple[str, ...]:
-    """Names of the buffers that a plain forward pass without gradients rewrites itself (rotary caches and the like)."""
-    before = {name: fingerprint(b) for name, b in model.named_buffers(remove_duplicate=False)}
-    if not before:
-        return ()
-    model.eval()
-    with as_it_is(), torch.no_grad():
-        loss(model, batch)
-    after = dict(model.named_buffers(remove_duplicate=False))
-    return tuple(name for name, old in before.items() if name not in after or fingerprint(after[name]) != old)

@@ -22,10 +22,10 @@ from frostline.engine.optimizers import FOREIGN
 from frostline.engine.owned import model_elsewhere
 from frostline.engine.recompute import recomputing
 from frostline.engine.rounding import Rounding, stepped_bytes
+from frostline.engine.routes import enter_routes
 from frostline.engine.stage_bytes import state_bytes
 from frostline.engine.stage_switch import Active, set_modes, switch
 from frostline.engine.step import LossFunction, StepLoss
-from frostline.engine.train import enter_routes
 from frostline.plan.cost import StageCost, by_part, parts_of
 from frostline.plan.cuda import cuda_kernels
 from frostline.plan.meter import Device, Meter, storage_bytes
