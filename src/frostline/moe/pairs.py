@@ -1,7 +1,7 @@
 """Which dense architectures have a mixture-of-experts architecture that computes the same function.
 
 A pair says only how the target's configuration is made: fields that both configurations share are copied, the rest
-stands here. Tensors are matched by the parts of both anatomies (`upcycle.py`), and every upcycle measures whether the
+stands here. Tensors are matched by the parts of both anatomies (`fill.py`), and every upcycle measures whether the
 function is preserved. Read `PAIRS` first; `target_config` makes a configuration.
 """
 
