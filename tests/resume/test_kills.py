@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from trials import Driver
 
@@ -262,9 +262,14 @@ def test_any_run_killed_anywhere_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-@settings(max_examples=150, **RANDOM)
-@given(recipes(), st.lists(KILLS, min_size=1, max_size=3), st.integers(0, 8))
-def test_many_runs_killed_anywhere_end_with_the_same_bytes(
-    driver: Driver, folder: Path, made: dict[str, Any], kills: list[dict[str, Any]], spoiled: int
-) -> None:
-    survives(driver, folder, made, kills, spoiled)
+@pytest.mark.parametrize("share", range(6))
+def test_many_runs_killed_anywhere_end_with_the_same_bytes(driver: Driver, folder: Path, share: int) -> None:
+    """150 trials in shares of some minutes, which several workers can take."""
+
+    @seed(share)
+    @settings(max_examples=25, **RANDOM)
+    @given(recipes(), st.lists(KILLS, min_size=1, max_size=3), st.integers(0, 8))
+    def trial(made: dict[str, Any], kills: list[dict[str, Any]], spoiled: int) -> None:
+        survives(driver, folder, made, kills, spoiled)
+
+    trial()
