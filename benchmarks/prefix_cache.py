@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from frostline.anatomy import read_anatomy
 from frostline.data import Batch
 from frostline.engine import LoopSettings, PrefixCache, PrefixSettings, next_token_loss
+from frostline.engine.evaluation import held_out_loss
 from frostline.engine.stage_switch import set_modes, switch
-from frostline.engine.train import held_out_loss
 from frostline.recipe import StageSpec
 from frostline.schedule import Schedule
 from frostline.selection import select

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from frostline.anatomy import read_anatomy
 from frostline.engine import LoopSettings, next_token_loss
-from frostline.engine.train import held_out_loss
+from frostline.engine.evaluation import held_out_loss
 from frostline.experiment.corpus import write_corpus
 from frostline.experiment.figures import STYLE, WIDTH_IN
 from frostline.feed import held_out_batches
