@@ -5,7 +5,9 @@ kill is `{"after_step": k}`, `{"evaluated_at": k}`, `{"rolled_back": true}`, or 
 checkpoint or of a prefix cache, each with `"count": n` for the n-th time that this happens; `{"micro_batch": n}` in the
 n-th backward pass, `{"measuring": n}` in the n-th measurement, `{"switching": n, "side": "before" or "after"}` at the
 n-th stage switch; `{"stop_after_step": k}` is a SIGTERM, after which the run saves. `spoil`: batches whose loss is NaN.
-A trial begins with an empty prefix cache. Prints, per trial, the files that differ from those of the run without kills.
+A trial begins with an empty prefix cache, unless `"cache": "kept"`; `"between"` is what happens to it before every
+resume: `delete`, `flip` or `cut`. With `"beside": true` another process trains the same at the same time, unharmed, in
+a folder of its own. Prints, per trial, the files that differ from those of the run without kills.
 """
 
 from __future__ import annotations
@@ -112,6 +114,11 @@ def kill_inside(wanted: dict[str, Any]) -> None:
 
 def forked(work: Callable[[], object]) -> int:
     """The wait status of a child that does `work`."""
+    return os.waitpid(started(work), 0)[1]
+
+
+def started(work: Callable[[], object]) -> int:
+    """A child that does `work`."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -120,7 +127,19 @@ def forked(work: Callable[[], object]) -> int:
             print(f"child failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(9)
         os._exit(0)
-    return os.waitpid(pid, 0)[1]
+    return pid
+
+
+def harm(cache: Path, how: str) -> None:
+    """Delete a prefix cache, or damage what it holds of every row."""
+    found = list(cache.glob("*/rows.bin"))
+    assert found
+    for rows in found:
+        data = bytearray(rows.read_bytes())
+        data[::99] = bytes((b + 1) % 256 for b in data[::99])  # done twice, it is damaged twice
+        rows.write_bytes(data if how == "flip" else data[: len(data) // 2])
+    if how == "delete":
+        shutil.rmtree(cache)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -130,6 +149,12 @@ def digests(folder: Path) -> dict[str, str]:
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name not in CLOCKS and "MANIFEST" not in p.name
     }
+
+
+def different(folder: Path, expected: dict[str, str]) -> list[str]:
+    """The files that are not as expected."""
+    found = digests(folder)
+    return sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
 
 
 def without_clocks(path: Path) -> bytes:
@@ -149,10 +174,12 @@ def finished(folder: Path) -> bool:
 def trial(folder: Path, plan: dict[str, Any], kills: list[dict[str, Any]]) -> list[int]:
     """The wait statuses of a run with `kills`, the last one that of the resume that ends it."""
     statuses: list[int] = []
-    if "cache" in plan["recipe"]:
+    if "cache" in plan["recipe"] and plan.get("cache") != "kept":
         shutil.rmtree(plan["recipe"]["cache"]["dir"], ignore_errors=True)
     for wanted in [*kills, {}]:
         killer = Killer(wanted)
+        if statuses and plan.get("between"):
+            harm(Path(plan["recipe"]["cache"]["dir"]), plan["between"])
 
         def work(first: bool = not statuses, killer: Killer = killer, wanted: dict[str, Any] = wanted) -> None:
             checkpoints.reached = prefix_store.reached = killer.reached
@@ -187,9 +214,18 @@ def main() -> None:
                 continue
             whole[key] = (reference, digests(root / reference))
         reference, expected = whole[key]
+        differing: list[str] = []
+        other = root / f"{plan['name']}-beside"
+        if plan.get("beside"):
+            if plan.get("cache") != "kept":
+                shutil.rmtree(plan["recipe"]["cache"]["dir"], ignore_errors=True)
+            plan["cache"] = "kept"
+            pid = started(lambda: train(recipe_from_dict(plan["recipe"]), out=other))  # noqa: B023
         statuses = trial(root / plan["name"], plan, plan["kills"])
-        found = digests(root / plan["name"])
-        differing = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+        if plan.get("beside"):
+            statuses = [*statuses, os.waitpid(pid, 0)[1]]
+            differing = [f"beside: {n}" for n in different(other, expected)]
+        differing += different(root / plan["name"], expected)
         answer = {"name": plan["name"], "whole": reference, "statuses": statuses, "differing": differing}
         print(json.dumps(answer), flush=True)
 

@@ -27,12 +27,14 @@ class Driver:
         )
         self.n = 0
 
-    def trial(self, recipe: dict[str, Any], kills: list[dict[str, Any]], spoil: list[int]) -> dict[str, Any]:
+    def trial(
+        self, recipe: dict[str, Any], kills: list[dict[str, Any]], spoil: list[int], **more: Any
+    ) -> dict[str, Any]:
         """The driver's answer: `name` (its folder), `whole` (of the run without kills), `statuses`, `differing`."""
         self.n += 1
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        plan = {"name": f"trial-{self.n}", "recipe": recipe, "kills": kills, "spoil": spoil}
+        plan = {"name": f"trial-{self.n}", "recipe": recipe, "kills": kills, "spoil": spoil, **more}
         self.process.stdin.write(json.dumps(plan) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:

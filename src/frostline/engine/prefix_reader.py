@@ -113,6 +113,7 @@ class Reader:
         store = self.trained.shelf.store
         made_room = f", {self._n_deleted} older ones deleted for it" if self._n_deleted else ""
         others = "" if store.writes else "; another process fills it, so this one only reads"
+        others = "; nothing can be written there, so it is only read" if store.is_read_only else others
         self.say(
             "on",
             f"what {self.split.at} frozen blocks give is kept: {_how_many(self.trained)} rows are there"
@@ -176,7 +177,9 @@ class Kept:
         self.split, self.shelf, self.say, self.stop = split, shelf, say, stop
         self.is_tried = is_tried
         """Whether the trial was on passes of this kind: in training mode, or not."""
-        self._unchecked = shelf.store.n_filled > 0
+        self._unchecked = shelf.store.n_filled > 0 or not shelf.store.writes
+        self._own: set[int] = set()
+        """Rows that are as this run has computed them."""
 
     def loss(
         self, model: nn.Module, batch: Batch, rows: Sequence[int], tokens: Sequence[int], plain: LossFunction
@@ -199,6 +202,7 @@ class Kept:
             return loss
         try:
             self.shelf.write(rows, tokens, found[-1])
+            self._own.update(rows if self.shelf.store.writes else ())
         except StorageError as error:
             self.stop(str(error))
         return loss
@@ -215,18 +219,21 @@ class Kept:
         self, model: nn.Module, batch: Batch, rows: Sequence[int], tokens: Sequence[int], plain: LossFunction
     ) -> bool:
         """Before rows of another run are used, those of one batch are computed again."""
-        if not self._unchecked:
+        if not self._unchecked or self._own.issuperset(rows):
             return True
-        self._unchecked = False
         kept = self.shelf.read(rows, tokens)
         if kept is None:
             return False
+        self._unchecked = False
         with torch.random.fork_rng(devices=cuda_devices(batch)):
             now = self.split.boundary(lambda: plain(model, batch))
         if same_bytes(now, kept):
             return True
-        self.shelf.clear()
         self.say("on", "what another run kept is not what is computed here now: all rows are computed again")
+        try:
+            self.shelf.clear()
+        except StorageError as error:
+            self.stop(str(error))
         return False
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ row is believed when its tokens are those asked for and its checksum agrees, whi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -50,13 +51,21 @@ class RowStore:
             {**key, "rows": n_rows, "shape": list(self.shape), "dtype": str(self.dtype)}, sort_keys=True, indent=1
         )
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / "lock").open("a")
-            self.writes = _lock(self._lock)
-            if not self._is_whole():
-                self.was_damaged = (folder / "key.json").exists()
-                self._make()
-            self._open()
+            self._lock = _opened_lock(folder)
+            try:
+                self.writes = self._lock is not None and _lock(self._lock)
+                if not self._is_whole():
+                    self.was_damaged = (folder / "key.json").exists()
+                    self._make()
+                self._open()
+            except BaseException:
+                self._let_go()
+                raise
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing can be written into the folder, so that what is there is only read."""
+        return self._lock is None
 
     @property
     def n_filled(self) -> int:
@@ -106,11 +115,15 @@ class RowStore:
             return
         with storage_errors(self.folder):
             for row, t, values in zip(rows, tokens, activations, strict=True):
-                if self._has(row, t):
-                    continue
                 data = values.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+                entry = ENTRY.pack(t, zlib.crc32(data), MARK)
+                if self._has(row, t):
+                    if entry == ENTRY.pack(*self._entry(row)):
+                        continue
+                    self.clear()  # what is there is whole, and not true: nor may the rest be
+                    self.was_damaged = True
                 self._write_at(self._data, data, row * self.row_bytes)
-                self._fresh[row] = ENTRY.pack(t, zlib.crc32(data), MARK)
+                self._fresh[row] = entry
                 self._verified.add(row)
         if len(self._fresh) * self.row_bytes >= COMMIT_BYTES:
             self.commit()
@@ -130,22 +143,33 @@ class RowStore:
 
     def close(self) -> None:
         """Enter what was written and let go of the files. Raises `StorageError`."""
-        if self._data < 0:
-            return
         try:
-            self.commit()
+            if self._data >= 0:
+                self.commit()
         finally:
-            os.close(self._data)
-            os.close(self._table)
-            self._data = self._table = -1
+            self._let_go()
+
+    def _let_go(self, *, of_lock: bool = True) -> None:
+        for file in (f for f in (self._data, self._table) if f >= 0):
+            os.close(file)
+        self._data = self._table = -1
+        if of_lock and self._lock is not None:
             self._lock.close()
 
     def clear(self) -> None:
-        """Forget every row."""
+        """Forget every row. The files are new ones then: a process that reads keeps those that it has, for which it has
+        looked whether they are true. Raises `StorageError`."""
         self._fresh.clear()
         self._verified.clear()
         if self.writes:
-            os.pwrite(self._table, bytes(self.n_rows * ENTRY.size), 0)
+            self._let_go(of_lock=False)
+            try:
+                with storage_errors(self.folder):
+                    self._make()
+                    self._open()
+            except StorageError:
+                self.writes = False
+                raise
         else:
             self._entry_bytes = np.zeros((self.n_rows, ENTRY.size), dtype=np.uint8)
             self._entries = self._entry_bytes.view(_ENTRY_TYPE)[:, 0]
@@ -160,6 +184,8 @@ class RowStore:
 
     def _make(self) -> None:
         """New files; the key last, so that a kill on the way leaves nothing that looks whole."""
+        if self._lock is None:
+            raise StorageError(f"{self.folder} is read-only here, and what is in it cannot be used")
         if not self.writes:
             raise StorageError(f"{self.folder} is being made by another process")
         (self.folder / "key.json").unlink(missing_ok=True)
@@ -176,13 +202,17 @@ class RowStore:
         flags = os.O_RDWR if self.writes else os.O_RDONLY
         self._data = os.open(self.folder / "rows.bin", flags)
         self._table = os.open(self.folder / "entries.bin", flags)
-        self._rows = np.memmap(self.folder / "rows.bin", dtype=np.uint8, mode="r", shape=(self.n_rows, self.row_bytes))
-        self._entry_bytes = np.memmap(
-            self.folder / "entries.bin", dtype=np.uint8, mode="r", shape=(self.n_rows, ENTRY.size)
-        )
+        try:
+            self._rows = self._mapped("rows.bin", self.row_bytes)
+            self._entry_bytes = self._mapped("entries.bin", ENTRY.size)
+        except ValueError as error:  # shorter than a moment ago
+            raise StorageError(f"{self.folder} is being made by another process") from error
         self._entries = self._entry_bytes.view(_ENTRY_TYPE)[:, 0]
         with suppress(OSError):
             os.utime(self.folder / "key.json")  # used now: the one that was used longest ago goes first
+
+    def _mapped(self, name: str, width: int) -> np.memmap[Any, np.dtype[np.uint8]]:
+        return np.memmap(self.folder / name, dtype=np.uint8, mode="r", shape=(self.n_rows, width))
 
     @staticmethod
     def _write_at(file: int, data: Any, at: int) -> None:
@@ -244,6 +274,17 @@ def _delete(store: Path) -> bool:
             shutil.rmtree(store, ignore_errors=True)
             return True
     return False
+
+
+def _opened_lock(folder: Path) -> Any:
+    """A store's lock file; None where a store is there and nothing can be written. Raises `OSError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / "lock").open("a")
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and (folder / "key.json").exists():
+            return None
+        raise
 
 
 def _lock(file: Any) -> bool:
