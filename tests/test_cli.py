@@ -156,3 +156,15 @@ def test_the_same_run_from_python_and_from_the_command_line_gives_the_same_bytes
     frostline.train(recipe, out=tmp_path / "python")
     for file in ("metrics.jsonl", "model/model.safetensors"):
         assert (tmp_path / "python" / file).read_bytes() == (run / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["audit", "LONG"], ["resume", "LONG"], ["plan", "LONG"], ["export", "RUN", "LONG"], ["apply", "LONG", "a", "b"]],
+)
+def test_a_path_that_the_system_does_not_take_is_an_error_and_no_traceback(run: Path, command: list[str]) -> None:
+    long = "x" * 300
+    done = frost(*({"LONG": long, "RUN": str(run)}.get(word, word) for word in command))
+    assert done.exit_code == 2
+    assert isinstance(done.exception, SystemExit)
+    assert "name too long" in done.output

@@ -186,7 +186,7 @@ def _check_there(folder: RunFolder, recipe: Recipe, then: Mapping[str, Any]) -> 
         )
 
 
-FREE = ("checkpoint", "nonfinite", "spike")
+FREE = ("checkpoint", "nonfinite", "spike", "freed_memory")
 """Keys of a recipe that may be edited between a stop and a resume: they change no step that was done."""
 PLACES = {"data": ("data.train", "data.held_out"), "base": ("model",)}
 """What was hashed → the keys that say where it is; they may be edited as long as the bytes there are the same."""

@@ -247,6 +247,9 @@ def test_an_edited_recipe_is_refused_with_old_and_new_and_how_to_save_may_be_edi
         resume(cut)
     assert len(list((cut / "checkpoints").glob("step-?????????"))) == 3, "none may be set aside for this"
     (cut / "recipe.yaml").write_text(text.replace("keep: 3", "keep: 1").replace("policy: halt", "policy: skip"))
+    edited = (cut / "recipe.yaml").read_text().replace("freed_memory: auto", "freed_memory: return")
+    assert "freed_memory: return" in edited
+    (cut / "recipe.yaml").write_text(edited)
     resume(cut)
     assert digests(cut) == digests(stopped / "whole")
 

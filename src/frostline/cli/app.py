@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def errors_for_people(command: Callable[P, R]) -> Callable[P, R]:
-    """Print a `FrostlineError` without a traceback and exit with its code."""
+    """Print a `FrostlineError`, or that a path cannot be looked at, without a traceback, and exit with its code."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -87,6 +88,11 @@ def errors_for_people(command: Callable[P, R]) -> Callable[P, R]:
         except FrostlineError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.EACCES) or error.filename is None:
+                raise
+            typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+            raise typer.Exit(FrostlineError.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED_TWICE) from None

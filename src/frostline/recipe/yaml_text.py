@@ -6,6 +6,7 @@ a duplicate key is an error. Read `parse_yaml` first.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -67,7 +68,7 @@ def read_yaml(text: str) -> YamlDocument:
         if root is not None:
             _collect_lines(root, (), lines)
     except MarkedYAMLError as error:
-        what = str(error.problem or error.context).replace("'<stream end>'", "the end of it")
+        what = re.sub(r"\('<stream end>',\)|'<stream end>'", "the end of it", str(error.problem or error.context))
         raise BrokenYamlError(f"not valid YAML: {what}", error.problem_mark or error.context_mark) from None
     except RecursionError:
         raise BrokenYamlError("not valid YAML here: nested too deeply, or without end") from None

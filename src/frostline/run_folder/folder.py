@@ -287,7 +287,8 @@ class RunFolder:
         if not path.exists():
             return []
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with path.open(encoding="utf-8", newline="\n") as file:  # other separators may be in a name
+                lines = list(file)
             if lines and not lines[-1].endswith("\n") and self._may_be_cut():
                 lines.pop()
             rows = [json.loads(line) for line in lines]
