@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from frostline.anatomy import Anatomy, find_blocks, read_anatomy
+from frostline.anatomy import Anatomy, Component, find_blocks, read_anatomy
 from frostline.choices import Choice
 from frostline.dtypes import weights_dtype
 from frostline.engine import Chose, Chosen, LossFunction, Points, choose_loss, next_token_loss
@@ -17,13 +19,14 @@ from frostline.engine.loop_settings import EvalSet
 from frostline.engine.recompute import recompute_blocks
 from frostline.errors import CompileError, FrostlineError, ModelError, RecipeError, in_one_line
 from frostline.feed import fit_attention
-from frostline.grouped import odd_width
+from frostline.grouped import odd_width, own_modules
 from frostline.levers import freed_memory_for, recompute_for
 from frostline.measuring import choose
 from frostline.model import load_model, untie
 from frostline.plan import Plan, points_for
 from frostline.prepared import Prepared, choose_device, plan_of, prepare
 from frostline.recipe import Recipe, ScratchModel
+from frostline.schedule import Schedule, Stage
 from frostline.sets import eval_sets
 
 
@@ -82,6 +85,7 @@ def make_ready(
     settled = (
         *(c for c in found if getattr(recipe, c.setting) != c.value),
         *experts_for(recipe, model),
+        *expert_gradients_for(recipe, model, prepared.schedule),
         *(Chose(setting="plan", value="none", why=why) for why in unplanned),
     )
     for i, stage in enumerate(plan.stages if plan else ()):
@@ -160,6 +164,36 @@ def experts_for(recipe: Recipe, model: nn.Module) -> Iterator[Chose]:
     if width is not None:
         why = f"torch's grouped products in {str(dtype).removeprefix('torch.')} do not take a width of {width}"
         yield Chose(setting="experts", value="one by one", why=f"{why}; the same products, slower")
+
+
+def expert_gradients_for(recipe: Recipe, model: nn.Module, schedule: Schedule) -> Iterator[Chose]:
+    """That weight gradients of experts which do not learn are computed and thrown away, where that is so."""
+    if not any(_some_experts_learn(stage) for stage in schedule.stages):
+        return
+    why = None
+    if recipe.compile == "blocks":
+        why = "blocks are compiled; uncompiled, only those of the experts that learn would be"
+    elif not own_modules(model):
+        why = "this type's experts cannot be given other products; where they can, only those that learn have them"
+    if why:
+        yield Chose(setting="experts", value="weight gradients of all are computed", why=why)
+
+
+def _some_experts_learn(stage: Stage) -> bool:
+    """Whether of a packed tensor some experts learn in a stage, and others do not."""
+    experts = _experts_of(stage.selection.anatomy.components)
+    learning = _experts_of(c for c, _ in stage.selection.by_component())
+    return any(0 < len(learning[tensor]) < len(packed) for tensor, packed in experts.items() if len(packed) > 1)
+
+
+def _experts_of(components: Iterable[Component]) -> dict[str, set[str]]:
+    """Tensor → the experts of these components that lie in it; none for a tensor without."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for component in components:
+        expert = re.search(r"experts\[\d+\]", component.name)
+        for piece in component.slices if expert else ():
+            found[piece.tensor].add(expert[0])
+    return found
 
 
 def compile_blocks(model: nn.Module, prepared: Prepared, device: torch.device) -> Compiled:

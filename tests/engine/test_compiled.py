@@ -117,6 +117,16 @@ def test_slices_accumulation_local_losses_and_recomputation_are_as_uncompiled(tm
 def test_single_experts_learn_alone_under_compilation(tmp_path: Path, precision: str, within: float) -> None:
     stages = [{"name": "one", "learn": "experts[1] | router", "steps": 3, "lr": 1e-2}]
     held_against_eager(tmp_path, "mixtral", within, stages=stages, precision=precision)
+    said = [[s for s in settings(tmp_path / name) if "weight gradients" in s] for name in ("plain", "compiled")]
+    assert not said[0]
+    assert len(said[1]) == 1
+    assert "compiled" in said[1][0]
+
+
+def settings(folder: Path) -> list[str]:
+    """What a run says of its settings."""
+    rows = [json.loads(line) for line in (folder / "run" / "timing.jsonl").read_text().splitlines()]
+    return [f"{r['setting']}: {r['value']} ({r['why']})" for r in rows if r.get("event") == "setting"]
 
 
 def test_dropout_draws_the_same_numbers_compiled(tmp_path: Path) -> None:

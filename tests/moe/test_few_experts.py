@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from all_types import small_model
 
 from frostline.anatomy import read_anatomy
 from frostline.engine import loss_of, step
 from frostline.engine.stage_switch import switch
 from frostline.model import load_model
+from frostline.model_source import quiet_transformers
 from frostline.plan import Batching, make_plan
 from frostline.plan.meter import Meter
 from frostline.plan.trace import micro_batches
-from frostline.recipe import ScratchModel, StageSpec
+from frostline.ready import expert_gradients_for
+from frostline.recipe import Recipe, ScratchModel, StageSpec
 from frostline.schedule import Schedule
 from frostline.selection import select
 
@@ -60,3 +63,20 @@ def test_counted_weight_gradients_are_those_of_the_learning_experts_tokens():
     assert few + rest == whole  # every choice goes to one of the two sets
     assert 0 < few <= 0.30 * whole
     assert planned("experts[0:2]").of_kind("input gradients") == planned("experts").of_kind("input gradients")
+
+
+def said(model, learn, **keys):
+    recipe = Recipe.model_construct(compile="off", **keys)
+    schedule = schedule_of(read_anatomy(model), learn)
+    return [c.why for c in expert_gradients_for(recipe, model, schedule)]
+
+
+def test_a_run_says_when_weight_gradients_of_frozen_experts_are_computed():
+    ours = load_model(SOURCE)
+    with quiet_transformers():
+        theirs = small_model("llama4_text").float()
+    assert said(ours, "experts[0:2]") == []
+    for learn in ("experts", "attn"):  # all or none of a tensor learns: nothing is computed in vain
+        assert said(theirs, learn) == []
+    (why,) = said(theirs, "experts[0]")
+    assert "type's experts" in why
