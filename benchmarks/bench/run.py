@@ -6,6 +6,8 @@
     python benchmarks/bench/run.py table                          table and plot of what was measured so far
     python benchmarks/bench/run.py targets                        the promises with what was measured: `promises.py`
 
+Results go to `.bench/results.jsonl` and are read from there; `targets` reads those of the repository. `--out`: another.
+
 Each system runs in a process and a virtual environment of its own, made on first use in `.bench/`. A run during which
 other processes took more than 5 % of a core is recorded as void and does not count. Read `measure`, then `show.py`.
 """
@@ -35,6 +37,8 @@ from promises import OURS, report, write_targets  # noqa: E402
 from show import BASE, Row, lines_of, plot, table  # noqa: E402
 
 WORK = ROOT / ".bench"
+COMMITTED = HERE / "results" / "two-cores.jsonl"
+"""What the page and the promises are made from."""
 VOID_ABOVE = 0.05
 """Seconds of other processes per second of a run, from which on it does not count."""
 
@@ -207,7 +211,9 @@ def append(out: Path, row: Mapping[str, Any]) -> None:
 def read(out: Path) -> list[Row]:
     """What was measured so far."""
     if not out.exists():
-        sys.exit(f"nothing was measured yet: there is no {out}")
+        sys.exit(
+            f"nothing was measured yet: there is no {out}; what was published: --out {COMMITTED.relative_to(ROOT)}"
+        )
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
@@ -222,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("core", "cell", "next", "table", "targets"))
     parser.add_argument("cell", nargs="*", help="job, model, lengths, precision, such as: ffn llama-8k 512 fp32")
-    parser.add_argument("--out", type=Path, default=WORK / "results.jsonl")
+    parser.add_argument("--out", type=Path, help=".bench/results.jsonl, but for `targets`")
     parser.add_argument("--reps", type=int, default=1, help="runs of every system")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rows", type=int, default=16, help="rows, or documents, of the training data")
@@ -236,6 +242,8 @@ def main() -> None:
     parser.add_argument("--void-too", action="store_true", help="show runs that do not count, to try the harness")
     parser.add_argument("--plot", type=Path, help="a picture to write")
     asked = parser.parse_args()
+    if asked.out is None:
+        asked.out = COMMITTED if asked.what == "targets" else WORK / "results.jsonl"
     if asked.what == "cell":
         try:
             run_cell(Cell.parse(" ".join(asked.cell)), asked)

@@ -190,9 +190,9 @@ def _experts_of(components: Iterable[Component]) -> dict[str, set[str]]:
     """Tensor → the experts of these components that lie in it; none for a tensor without."""
     found: dict[str, set[str]] = defaultdict(set)
     for component in components:
-        expert = re.search(r"experts\[\d+\]", component.name)
-        for piece in component.slices if expert else ():
-            found[piece.tensor].add(expert[0])
+        for expert in re.findall(r"experts\[\d+\]", component.name):
+            for piece in component.slices:
+                found[piece.tensor].add(expert)
     return found
 
 

@@ -18,6 +18,7 @@ sys.path[:0] = [str(BENCH), str(BENCH / "systems")]
 import bare  # noqa: E402
 import frostline_  # noqa: E402
 import promises  # noqa: E402
+import run  # noqa: E402
 from cells import CORE, Cell, all_cells, workload  # noqa: E402
 from gemm import Sizes, attention_flops, products, step_flops  # noqa: E402
 from job import Job  # noqa: E402
@@ -150,6 +151,20 @@ def test_a_promise_fails_by_its_floor_and_by_its_target(tmp_path: Path, monkeypa
     )
     (tmp_path / "targets.json").unlink()
     assert verdict(0.8) == "missed"  # below the floor
+
+
+def test_targets_of_a_fresh_clone_are_those_that_were_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "WORK", tmp_path / "nothing here")
+    monkeypatch.setattr(sys, "argv", ["run.py", "targets"])
+    before = promises.TARGETS.read_bytes()
+    run.main()
+    assert capsys.readouterr().out.count("| met |") > 20
+    assert promises.TARGETS.read_bytes() == before
+    monkeypatch.setattr(sys, "argv", ["run.py", "table"])
+    with pytest.raises(SystemExit, match=r"two-cores\.jsonl"):
+        run.main()
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:

@@ -176,6 +176,19 @@ def test_what_cannot_be_looked_at_is_refused_in_one_line(tmp_path, model, monkey
     assert "Traceback" not in result.output
 
 
+def test_a_shipped_recipes_data_are_shown_by_its_name(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("A text.\n" * 400, encoding="utf-8")
+    words = ["data", "ffn", "--set", f"model={model}", "--set", "data.train=a.txt", "--set", "data.length=32"]
+    result = CliRunner().invoke(app, [*words, "--json"])
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert [p["name"] for p in shown["parts"]] == ["train"]
+    refused = CliRunner().invoke(app, ["data", "ffn"])
+    assert refused.exit_code == 2
+    assert "the recipe ffn trains a model of yours" in refused.output
+
+
 def test_the_page_escapes_what_is_in_the_data_and_needs_nothing_from_elsewhere(tmp_path, model):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     file = jsonl(tmp_path / "<b>.jsonl", [{"messages": [user(evil), said(evil)]}])

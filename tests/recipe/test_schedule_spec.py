@@ -87,6 +87,7 @@ def test_a_stage_list_replaces_a_schedule_by_an_override(tmp_path):
 
 def test_every_shipped_recipe_says_what_it_does_and_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
     found = shipped_recipes()
     assert {"all", "ffn", "attn", "demo", "moe"} | set(SCHEDULES) == set(found)
     for name, text in found.items():
@@ -113,6 +114,11 @@ def test_a_shipped_recipe_asks_for_the_model_that_it_lacks(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match="the recipe lisa trains a model of yours: say which"):
         load_recipe("lisa")
+    with pytest.raises(RecipeError, match=r"the recipe lisa trains on a text of yours: say which: --set data.train=…$"):
+        load_recipe("lisa", overrides=["model=model"])
+    with pytest.raises(RecipeError, match="`frostline demo` writes one and trains on it"):
+        load_recipe("demo")
+    assert load_recipe("demo", overrides=["data.train=corpus"]).data.train == (str(tmp_path / "corpus"),)
     (tmp_path / "mine.yaml").write_text(shipped_recipes()["lisa"])
     assert load_recipe(tmp_path / "mine.yaml").model == "model", "a file of one's own may name its model so"
 

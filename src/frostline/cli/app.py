@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
@@ -19,8 +20,6 @@ from rich.console import Console
 from frostline.errors import DataError, FrostlineError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from frostline.anatomy import Anatomy
     from frostline.recipe import DataSpec
 
@@ -35,6 +34,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A model folder, hub name, config.json or run folder.", metavar="MODEL")]
+RecipeName = Annotated[
+    Path, typer.Argument(help="A recipe: a file, or a name that `frostline recipes` lists.", metavar="RECIPE")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Off unless typed.")

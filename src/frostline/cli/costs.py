@@ -7,14 +7,29 @@ from typing import Annotated, Literal
 
 import typer
 
-from frostline.cli.app import AsJson, Overrides, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.cli.app import (
+    AsJson,
+    Overrides,
+    RecipeName,
+    RemoteCode,
+    app,
+    errors_for_people,
+    make_console,
+    print_json,
+)
 from frostline.errors import PlanError
 
 
 @app.command(rich_help_panel="Recipes")
 @errors_for_people
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a model: folder, hub name or config.json.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe: a file, or a name of `frostline recipes`; or a model: folder, hub name or config.json.",
+            metavar="RECIPE|MODEL",
+        ),
+    ],
     learn: Annotated[str, typer.Option(help="For a model: what learns, one selection.", metavar="EXPRESSION")] = "all",
     rows: Annotated[int, typer.Option(help="For a model: rows per step.", min=1)] = 1,
     length: Annotated[int, typer.Option(help="For a model: tokens per row.", min=2)] = 2048,
@@ -72,7 +87,7 @@ def plan(
 @app.command(rich_help_panel="Recipes")
 @errors_for_people
 def why(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file.", metavar="RECIPE")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     as_json: AsJson = False,
     trust_remote_code: RemoteCode = False,

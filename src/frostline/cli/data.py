@@ -14,7 +14,13 @@ from frostline.errors import DataError, RecipeError
 @app.command("data", rich_help_panel="Recipes")
 @errors_for_people
 def data(
-    target: Annotated[str, typer.Argument(help="A recipe, or a file, folder or hub name.", metavar="RECIPE|FILE")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe: a file, or a name that `frostline recipes` lists; or data: file, folder, hub name.",
+            metavar="RECIPE|FILE",
+        ),
+    ],
     tokenizer: Annotated[
         str | None, typer.Option(help="Whose tokens, for a file: model folder, hub name or run.", metavar="MODEL")
     ] = None,
@@ -72,9 +78,9 @@ def _data_spec() -> Any:
 
 
 def _target(target: str, overrides: list[str]) -> Any:
-    """A recipe for a YAML file, and the data section of one that only has this file for anything else."""
-    from frostline.recipe import load_recipe
+    """A recipe for a YAML file or a shipped name, and the data section of one that only has this file for the rest."""
+    from frostline.recipe import is_recipe, load_recipe
 
-    if Path(target).suffix.lower() in (".yaml", ".yml"):
+    if is_recipe(target):
         return load_recipe(target, overrides=overrides)
     return data_settings(target, overrides)

@@ -12,6 +12,7 @@ from frostline.cli.app import (
     INTERRUPTED,
     AsJson,
     Overrides,
+    RecipeName,
     RemoteCode,
     app,
     errors_for_people,
@@ -30,7 +31,7 @@ _EXIT = {"passed": 0, "interrupted": INTERRUPTED, "failed": 1}
 @app.command(rich_help_panel="Runs")
 @errors_for_people
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file.", metavar="RECIPE")],
+    recipe: RecipeName,
     out: Annotated[Path, typer.Option("--out", help="The run folder to write; must not exist or be empty.")],
     overrides: Overrides = None,
     as_json: AsJson = False,

@@ -7,14 +7,23 @@ from typing import Annotated
 
 import typer
 
-from frostline.cli.app import AsJson, Overrides, RemoteCode, app, errors_for_people, make_console, print_json
+from frostline.cli.app import (
+    AsJson,
+    Overrides,
+    RecipeName,
+    RemoteCode,
+    app,
+    errors_for_people,
+    make_console,
+    print_json,
+)
 from frostline.errors import RecipeError, did_you_mean
 
 
 @app.command(rich_help_panel="Recipes")
 @errors_for_people
 def schedule(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, or a name of `frostline recipes`.", metavar="RECIPE")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the stages as YAML, ready for a recipe.")] = False,
     as_json: AsJson = False,
@@ -39,7 +48,7 @@ def schedule(
 @app.command(rich_help_panel="Recipes")
 @errors_for_people
 def lr(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, or a name of `frostline recipes`.", metavar="RECIPE")],
+    recipe: RecipeName,
     stage: Annotated[str, typer.Option(help="Which stage: its name, or its number from 0.")] = "0",
     parts: Annotated[
         list[str] | None, typer.Option("--parts", help="Test this of what the stage trains; repeat for more.")

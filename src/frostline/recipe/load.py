@@ -22,8 +22,8 @@ from frostline.recipe.recipe import NO_STAGES, Recipe
 from frostline.recipe.shipped import shipped_recipes
 from frostline.recipe.yaml_text import KeyPath, YamlDocument, parse_yaml
 
-PLACEHOLDERS = ("model", "moe")
-"""What stands for the model in a recipe of the package that trains one that is there already."""
+MODEL, TEXT = "model", "corpus"
+"""What stands in a recipe of the package for the model and the text of its user."""
 MAX_STAGES = 10_000
 """Stages of one run, repeated ones counted as often as they run."""
 
@@ -42,12 +42,29 @@ def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
     values = document.values
     applied = [apply_override(values, text) for text in overrides]
     overridden = [o.path for o in applied]
-    if not path.is_file() and values.get("model") in PLACEHOLDERS and ("model",) not in overridden:
-        raise RecipeError(
-            f"the recipe {path} trains a model of yours: say which, and on what text: --set model=… --set data.train=…"
-        )
+    if not path.is_file():
+        _check_is_complete(str(path), values, overridden)
     make_paths_absolute(values, base=path.resolve().parent, overridden=overridden)
     return _validate(values, Origin(document=document, where=str(path), overrides=applied))
+
+
+def _check_is_complete(name: str, values: Mapping[str, Any], overridden: Sequence[KeyPath]) -> None:
+    """Raise `RecipeError` unless a recipe of the package has been told the model and the text that it lacks; a folder
+    `corpus` that is there will do for the text."""
+
+    def lacks(key: KeyPath, placeholder: str) -> bool:
+        given: Any = values
+        for part in key:
+            given = given.get(part) if isinstance(given, Mapping) else None
+        return bool(given == placeholder) and not any(key[: len(o)] == o for o in overridden)
+
+    if lacks(("model",), MODEL):
+        raise RecipeError(
+            f"the recipe {name} trains a model of yours: say which, and on what text: --set model=… --set data.train=…"
+        )
+    if lacks(("data", "train"), TEXT) and not Path(TEXT).exists():
+        alone = "; `frostline demo` writes one and trains on it" if name == "demo" else ""
+        raise RecipeError(f"the recipe {name} trains on a text of yours: say which: --set data.train=…{alone}")
 
 
 def _read(path: Path) -> str:

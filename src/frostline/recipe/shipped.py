@@ -24,6 +24,6 @@ def summary(text: str) -> str:
 
 def is_recipe(name: str) -> bool:
     """Whether a word means a recipe: a YAML file, or the name of a recipe of the package that is no path here."""
-    if name.endswith((".yaml", ".yml")):
+    if name.lower().endswith((".yaml", ".yml")):
         return True
     return not Path(name).exists() and name in shipped_recipes()
