@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 from torch import nn
@@ -22,13 +24,14 @@ from frostline.anatomy import Anatomy, anatomy_of_parts, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.owned import Ownership
-from frostline.engine.record import Recorder
+from frostline.engine.record import Recorder, cut_pieces
 from frostline.engine.stage_switch import Active, flags_of, frozen_modules, reshard, set_flags, switch
 from frostline.environment import describe_environment, hash_file
-from frostline.errors import FrostlineError
+from frostline.errors import FrostlineError, RunFolderError
 from frostline.model import save_model
+from frostline.progress import Progress, check_it_goes_on, hashes_of, misfits, name_of, note_differences
 from frostline.recipe import StageSpec
-from frostline.run_folder import RunFolder, State
+from frostline.run_folder import RunFolder, State, record_sizes, rewind
 from frostline.schedule import Schedule, norms_and_biases
 from frostline.selection import Selection, select
 from frostline.storage import storage_errors
@@ -44,20 +47,26 @@ def learning(
     ties: bool = False,
     frozen_dropout: bool = False,
     gradients_every: int = 10,
+    steps: Sequence[int] | None = None,
+    since: Progress | None = None,
 ) -> Iterator[Learning]:
     """Let exactly `learn` learn inside the context, and write the evidence into the new folder `out`.
 
     `learn`: a selection, or one per stage (`run.next_stage()` enters the next). `parts`: the parts of a module that is
     no causal language model of transformers, as in `anatomy_of_parts`. `ties`: let tied parts follow each other.
     `frozen_dropout`: leave dropout on in modules of which nothing learns. Gradient norms are recorded at the first and
-    every `gradients_every`-th optimizer step of a stage. Raises a `FrostlineError` for a wrong selection, a folder that
-    is not empty, or an optimizer that holds something else than what learns.
+    every `gradients_every`-th optimizer step of a stage, and at the last where `steps` says how many each will have.
+    `since`: what `run.progress()` gave at a checkpoint; the records in `out` are taken back to it and go on, once the
+    model's weights are those of then. Raises a `FrostlineError` for a wrong selection, a folder that is not empty (or,
+    to go on, is not the run's own), or an optimizer that holds something else than what learns.
     """
     anatomy = read_anatomy(model) if parts is None else anatomy_of_parts(model, parts)
     expressions = [learn] if isinstance(learn, str) else list(learn)
     selections = [select(anatomy, e, ties="together" if ties else "error") for e in expressions]
     before = flags_of(model)
-    run = Learning(model, anatomy, selections, RunFolder.create(out), frozen_dropout, gradients_every)
+    folder = RunFolder.create(out) if since is None else RunFolder.open(out)
+    settings = _Settings(frozen_dropout=frozen_dropout, gradients_every=gradients_every, steps=steps, since=since)
+    run = Learning(model, anatomy, selections, folder, settings)
     try:
         yield run
     except BaseException as error:
@@ -69,6 +78,16 @@ def learning(
         set_flags(before)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Settings:
+    """What `learning` was asked for, beside what learns."""
+
+    frozen_dropout: bool
+    gradients_every: int
+    steps: Sequence[int] | None
+    since: Progress | None
+
+
 class Learning:
     """A run in a loop of one's own; made by `learning`."""
 
@@ -78,26 +97,25 @@ class Learning:
         anatomy: Anatomy,
         selections: Sequence[Selection],
         folder: RunFolder,
-        frozen_dropout: bool,
-        gradients_every: int,
+        settings: _Settings,
     ) -> None:
         self.model, self.anatomy, self.folder = model, anatomy, folder
-        self.steps = 0
+        since = settings.since
+        self.steps = since.step if since else 0
         """Optimizer steps done."""
-        dropout: Literal["on", "off"] = "on" if frozen_dropout else "off"
-        # how long a stage lasts is known when it ends, and its rates are the loop's own
-        specs = [StageSpec(learn=s.expression, steps=1, lr=1.0, frozen_dropout=dropout) for s in selections]
-        named = [(f"stage-{i + 1}", spec, s) for i, (spec, s) in enumerate(zip(specs, selections, strict=True))]
-        self._schedule = Schedule.of(named)
-        self._endings: list[int] = []
+        dropout: Literal["on", "off"] = "on" if settings.frozen_dropout else "off"
+        # unless the loop says it, how long a stage lasts is known when it ends; its rates are the loop's own
+        steps = settings.steps or [1] * len(selections)
+        named = [
+            (f"stage-{i + 1}", StageSpec(learn=s.expression, steps=n, lr=1.0, frozen_dropout=dropout), s)
+            for i, (s, n) in enumerate(zip(selections, steps, strict=True))
+        ]
+        self._endings = list(since.endings) if since else []
+        self._schedule = Schedule.of(named).ended(self._endings)
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        folder.write_status("running", step=0)
-        device = next(iter(self._parameters.values())).device
-        folder.write_json("environment.json", describe_environment(device=device, data=(), base=None))
-        self._recorder = Recorder(folder, model, anatomy, self._schedule, gradients_every=gradients_every, loop="own")
         # no batch is at hand to find what a forward pass rewrites itself: what no checkpoint holds counts as that
         derived = tuple(t.name for t in anatomy.tensors if t.kind == "buffer" and not t.persistent)
-        self._recorder.boundary(0, step=0, derived=derived)
+        self._recorder = self._go_on(since, settings) if since else self._begin(derived, settings)
         self._buffers = FrozenBuffers(model, derived)
         self._stepped: set[int] = set()
         self._retired: set[nn.Parameter] = set()
@@ -106,12 +124,52 @@ class Learning:
             register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)),
             model.register_forward_pre_hook(lambda *_: self._still_the_frozen()),
         ]
-        self._active = self._enter(0, None)
+        self._active = self._enter(since.stage if since else 0, None, again=since is not None)
+
+    def _begin(self, derived: tuple[str, ...], settings: _Settings) -> Recorder:
+        """Start the records: who, where, and every piece as it is."""
+        environment = describe_environment(device=self._device, data=(), base=None)
+        self.folder.write_status("running", step=0)
+        self.folder.write_json("environment.json", {"run": uuid4().hex, **environment})
+        recorder = self._make_recorder(settings)
+        recorder.boundary(0, step=0, derived=derived)
+        return recorder
+
+    def _go_on(self, since: Progress, settings: _Settings) -> Recorder:
+        """Take the records back to where they were then. Raises `RunFolderError`, and changes nothing, unless the run
+        and the weights are those of then."""
+        selections = [s.selection for s in self._schedule.stages]
+        check_it_goes_on(since, self.folder, [s.expression for s in selections])
+        wrong = misfits(since, self.folder, self.model, cut_pieces(self.anatomy, selections))
+        if wrong:
+            raise RunFolderError(
+                f"the model is not the one that was saved after step {since.step}: {', '.join(wrong[:5])}"
+                + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            )
+        rewind(self.folder, since.records)
+        self.folder.write_status("running", step=since.step)
+        note_differences(self.folder, self._device, since.step)
+        recorder = self._make_recorder(settings)
+        recorder.resume(self._schedule.stages[since.stage], since.drifted, ended=False)
+        return recorder
+
+    def _make_recorder(self, settings: _Settings) -> Recorder:
+        every = settings.gradients_every
+        return Recorder(self.folder, self.model, self.anatomy, self._schedule, gradients_every=every, loop="own")
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
 
     @property
     def stage(self) -> str:
         """The name of the stage in progress."""
         return self._active.stage.name
+
+    @property
+    def stage_index(self) -> int:
+        """Which of the stages that is (0-based)."""
+        return self._active.stage.index
 
     @property
     def selection(self) -> Selection:
@@ -151,6 +209,19 @@ class Learning:
         self._stepped = set()
         self._active = self._enter(index + 1, self._active)
 
+    def progress(self) -> Progress:
+        """What a checkpoint of the loop keeps, so that `learning(…, since=…)` can go on from there."""
+        return Progress(
+            run=name_of(self.folder) or "",
+            learn=tuple(s.selection.expression for s in self._schedule.stages),
+            step=self.steps,
+            stage=self._active.stage.index,
+            endings=tuple(self._endings),
+            records=record_sizes(self.folder),
+            drifted=self._recorder.drifts,
+            hashes=hashes_of(self.model, self._recorder.learning[self._active.stage.index]),
+        )
+
     def save(self, tokenizer: Any = None) -> None:
         """Save a model of transformers into the run folder, so that the audit can compare it with the evidence."""
         if not isinstance(self.model, PreTrainedModel):
@@ -164,12 +235,14 @@ class Learning:
         """The verdict on the run folder; after the context has ended."""
         return audit(self.folder.path)
 
-    def _enter(self, index: int, leaving: Active | None) -> Active:
+    def _enter(self, index: int, leaving: Active | None, *, again: bool = False) -> Active:
+        """Let a stage learn; `again`: what it started with is recorded."""
         stage = self._schedule.stages[index]
         active = switch(self._parameters, self.anatomy, stage, memory={}, leaving=leaving)
         reshard(self.model)
         self._frozen = frozen_modules(self.model, stage) if stage.spec.frozen_dropout == "off" else []
-        self._recorder.entry(stage)
+        if not again:
+            self._recorder.entry(stage)
         return active
 
     @property
