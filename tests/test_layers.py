@@ -19,6 +19,7 @@ ROWS: dict[str, float] = {
     "terminal_plan": 8.5,
     "terminal_progress": 8.5,
     "terminal_moe": 8.5,
+    "terminal_compare": 8.5,
     "terminal_data": 8.5,
     "terminal_schedule": 8.5,
     "generate": 7,

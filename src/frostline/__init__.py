@@ -7,6 +7,7 @@ learn, `audit` says what did.
 from frostline.anatomy import Anatomy, Component, Slice, anatomy_of_parts, read_anatomy
 from frostline.audit import Audit, Diff, audit, diff_checkpoints
 from frostline.errors import FrostlineError
+from frostline.experiment.compare import compare
 from frostline.learning import Learning, learning
 from frostline.recipe import Recipe, load_recipe, recipe_from_dict
 from frostline.run import RunResult, train
@@ -25,6 +26,7 @@ __all__ = [
     "Slice",
     "anatomy_of_parts",
     "audit",
+    "compare",
     "diff_checkpoints",
     "learning",
     "load_recipe",

@@ -209,25 +209,36 @@ def loop_settings(ready: Ready, cache: PrefixCache | None = None) -> LoopSetting
     )
 
 
+class _Remembers:
+    """A signal handler: it remembers the first signal, and interrupts at the second."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received.append(number)
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Inside, the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP makes the yielded function say True; the second interrupts
-    at once. A signal that is ignored (`nohup`) stays so."""
-    received: list[int] = []
-
-    def remember(number: int, _frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
+    at once. A signal that is ignored (`nohup`) stays so. Inside another one, both share what was received: a signal
+    between two runs of a comparison is not lost on the second."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may set signal handlers
         return
     names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows has the first two
     numbers = [getattr(signal, n) for n in names if hasattr(signal, n)]
-    before = {n: signal.signal(n, remember) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    before = {n: signal.getsignal(n) for n in numbers}
+    outer = next((h for h in before.values() if isinstance(h, _Remembers)), None)
+    handler = outer or _Remembers()
+    changed = {n: h for n, h in before.items() if h is not signal.SIG_IGN and h is not handler}
+    for number in changed:
+        signal.signal(number, handler)
     try:
-        yield lambda: bool(received)
+        yield lambda: bool(handler.received)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, was in changed.items():
+            signal.signal(number, was)

@@ -1,5 +1,6 @@
 """Recipes: the YAML file and the typed record it becomes. Read `recipe.py`, then `load.py`."""
 
+from frostline.recipe.comparison import Comparison, Strategy, load_comparison, shipped_comparisons
 from frostline.recipe.data_spec import (
     DataSpec,
     FormatName,
@@ -33,6 +34,7 @@ from frostline.recipe.yaml_text import dump_yaml
 __all__ = [
     "CacheSpec",
     "CheckpointSpec",
+    "Comparison",
     "DataSpec",
     "DurationSpec",
     "EvalSpec",
@@ -50,14 +52,17 @@ __all__ = [
     "SourceSpec",
     "SpikeSpec",
     "StageSpec",
+    "Strategy",
     "TrainedTokenizer",
     "data_sources",
     "dump_yaml",
     "is_recipe",
     "keys_of",
+    "load_comparison",
     "load_recipe",
     "plain",
     "recipe_from_dict",
+    "shipped_comparisons",
     "shipped_recipes",
     "source_names",
     "source_of",

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from frostline.recipe.comparison_spec import ComparisonSpec
 from frostline.recipe.data_spec import DataSpec, SourceSpec
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.moe_spec import MoeSpec
@@ -49,6 +50,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`checkpoint:`", CheckpointSpec),
     ("`cache:`", CacheSpec),
     ("`evidence:`", EvidenceSpec),
+    ("A comparison, a file of its own", ComparisonSpec),
 )
 
 TABLE = "| key | takes | default | meaning |\n|---|---|---|---|"
@@ -126,7 +128,8 @@ def _one_of(kinds: Sequence[str]) -> str:
     return " or ".join(f"({k})" if " or " in k and len(apart) > 1 else k for k in apart)
 
 
-_PLAIN: dict[type, str] = {
+_PLAIN: dict[Any, str] = {
+    Any: "anything",
     bool: "`true` · `false`",
     int: "a whole number",
     float: "a number",

@@ -36,19 +36,19 @@ def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
     Raises `RecipeError` naming file, line and key.
     """
     path = Path(path)
-    document = parse_yaml(_read(path), where=str(path))
+    document = parse_yaml(read_text(path), where=str(path))
     if not isinstance(document.values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with model, data and stages; this is not one")
     values = document.values
     applied = [apply_override(values, text) for text in overrides]
-    overridden = [o.path for o in applied]
+    elsewhere = {o.path: Path.cwd() for o in applied}
     if not path.is_file():
-        _check_is_complete(str(path), values, overridden)
-    make_paths_absolute(values, base=path.resolve().parent, overridden=overridden)
-    return _validate(values, Origin(document=document, where=str(path), overrides=applied))
+        check_is_complete(str(path), values, list(elsewhere))
+    make_paths_absolute(values, base=path.resolve().parent, elsewhere=elsewhere)
+    return validate(values, Origin(document=document, where=str(path), overrides=applied))
 
 
-def _check_is_complete(name: str, values: Mapping[str, Any], overridden: Sequence[KeyPath]) -> None:
+def check_is_complete(name: str, values: Mapping[str, Any], overridden: Sequence[KeyPath]) -> None:
     """Raise `RecipeError` unless a recipe of the package has been told the model and the text that it lacks; a folder
     `corpus` that is there will do for the text."""
 
@@ -67,7 +67,7 @@ def _check_is_complete(name: str, values: Mapping[str, Any], overridden: Sequenc
         raise RecipeError(f"the recipe {name} trains on a text of yours: say which: --set data.train=…{alone}")
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a recipe file, or of the package's recipe of that name."""
     try:
         return path.read_text(encoding="utf-8")
@@ -124,14 +124,14 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     if isinstance(copied.get("stages"), (list, tuple)):
         copied["stages"] = deepcopy(list(copied["stages"]))
     make_paths_absolute(copied, base=Path.cwd())
-    return _validate(copied, _in_memory(copied, "recipe"))
+    return validate(copied, _in_memory(copied, "recipe"))
 
 
 def with_stages(recipe: Recipe, stages: Sequence[Mapping[str, Any]]) -> Recipe:
     """The same recipe with plain stages in place of its schedule, checked as if they had been written. Raises
     `RecipeError`."""
     values = {**recipe.as_dict(), "stages": [dict(s) for s in stages], "schedule": None}
-    return _validate(values, _in_memory(values, "recipe"))
+    return validate(values, _in_memory(values, "recipe"))
 
 
 def data_of_file(path: str, *, overrides: Iterable[str] = ()) -> DataSpec:
@@ -142,15 +142,16 @@ def data_of_file(path: str, *, overrides: Iterable[str] = ()) -> DataSpec:
         "stages": [{"learn": "all", "steps": 1, "lr": 1.0}],
     }
     applied = [apply_override(values, text) for text in overrides]
-    make_paths_absolute(values, base=Path.cwd(), overridden=[o.path for o in applied])
-    return _validate(values, _in_memory(values, "data", applied)).data
+    make_paths_absolute(values, base=Path.cwd(), elsewhere={o.path: Path.cwd() for o in applied})
+    return validate(values, _in_memory(values, "data", applied)).data
 
 
 def _in_memory(values: Any, where: str, overrides: Sequence[Override] = ()) -> Origin:
     return Origin(document=YamlDocument(values=values, lines={}), where=where, overrides=overrides)
 
 
-def _validate(values: Mapping[str, Any], origin: Origin) -> Recipe:
+def validate(values: Mapping[str, Any], origin: Origin) -> Recipe:
+    """The recipe that plain values are, their paths absolute. Raises `RecipeError`."""
     written: list[KeyPath] = []
     if isinstance(values.get("stages"), (list, tuple)):
         stages, written = _plain_stages(values["stages"], origin)

@@ -1,4 +1,5 @@
-"""`--set stages[0].lr=1e-4`: which key, and the value put there. Read `apply_override` first."""
+"""`--set stages[0].lr=1e-4`: which key, and the value put there. Read `apply_override` first; `put` does the same
+with a value that is at hand."""
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ from frostline.recipe.yaml_text import BrokenYamlError, KeyPath, read_yaml
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One `--set`."""
+    """One `--set`, or one key that a strategy of a comparison changes."""
 
     path: KeyPath
     text: str
     """As it was typed, shortened."""
+    place: str | None = None
+    """Where it was written, when that was no `--set`."""
 
     def __str__(self) -> str:
-        return f"--set {self.text}"
+        return self.place or f"--set {self.text}"
 
 
 def format_key(path: KeyPath) -> str:
@@ -44,6 +47,21 @@ def apply_override(values: dict[str, Any], override: str) -> Override:
     if not equals:
         raise RecipeError(f"--set {override}: write key=value, as in stages[0].lr=1e-4")
     path = parse_key(key.strip(), override)
+    holder, last = _holder(values, path, override)
+    holder[last] = _value(override, text)
+    return Override(path, shortened(override))
+
+
+def put(values: dict[str, Any], key: str, value: Any, *, place: str) -> Override:
+    """Put a value at `key` of `values`. `place`: where that was written. Raises `RecipeError` for no place for it."""
+    path = parse_key(key.strip(), key)
+    holder, last = _holder(values, path, key)
+    holder[last] = value
+    return Override(path, shortened(key), place)
+
+
+def _holder(values: dict[str, Any], path: KeyPath, override: str) -> tuple[Any, str | int]:
+    """The mapping or list that the last step of `path` is in, and that step; mappings on the way are made."""
     _check_has_stages(values, path, override)
     target: Any = values
     for i, part in enumerate(path[:-1]):
@@ -56,8 +74,7 @@ def apply_override(values: dict[str, Any], override: str) -> Override:
         _item(target, last, override)
     elif not isinstance(target, dict):
         raise RecipeError(f"--set {override}: {format_key(path[:-1])} has no keys of its own")
-    target[last] = _value(override, text)
-    return Override(path, shortened(override))
+    return target, last
 
 
 def _value(override: str, text: str) -> Any:

@@ -6,7 +6,7 @@ Read `make_paths_absolute` first.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,24 @@ _PATHS: tuple[tuple[str, ...], ...] = (
     ("data", "cache"),
     ("eval", "keep"),
 )
+NOWHERE: Mapping[KeyPath, Path] = {}
 
 
-def make_paths_absolute(values: dict[str, Any], *, base: Path, overridden: Sequence[KeyPath] = ()) -> None:
+def make_paths_absolute(values: dict[str, Any], *, base: Path, elsewhere: Mapping[KeyPath, Path] = NOWHERE) -> None:
     """Write every path of a recipe's plain values as an absolute one, in place. Raises `RecipeError` for what is none.
 
-    `base`: what relative ones start from; but for the keys of `overridden`, which start from the working directory.
+    `base`: what relative ones start from; but for the keys of `elsewhere`, which start from the folder given there.
     """
-    _paths(values, base=base, overridden=overridden)
-    _esft_paths(values, base=base, overridden=overridden)
+    _paths(values, base=base, elsewhere=elsewhere)
+    _esft_paths(values, base=base, elsewhere=elsewhere)
 
 
-def _paths(values: dict[str, Any], *, base: Path, overridden: Sequence[KeyPath]) -> None:
+def _start(key: KeyPath, base: Path, elsewhere: Mapping[KeyPath, Path]) -> Path:
+    """What a relative path at `key` starts from: where the key, or what it is in, was put last."""
+    return next((folder for at, folder in reversed(list(elsewhere.items())) if at == key[: len(at)]), base)
+
+
+def _paths(values: dict[str, Any], *, base: Path, elsewhere: Mapping[KeyPath, Path]) -> None:
     for path in _PATHS + _FOLDERS_OR_HUB_NAMES:
         parent = values if len(path) == 1 else values.get(path[0])
         if not isinstance(parent, dict) or path[-1] not in parent:
@@ -49,8 +55,7 @@ def _paths(values: dict[str, Any], *, base: Path, overridden: Sequence[KeyPath])
             if isinstance(value, dict) and key[1] in _SOURCES:  # a source with settings of its own
                 return {**value, "path": absolute(value["path"], (*key, "path"))} if "path" in value else value
             names = names or (isinstance(value, str) and key[1] in _SOURCES and is_hub_name(value))
-            start = Path.cwd() if any(o == key[: len(o)] for o in overridden) else base
-            return _absolute(value, start, key=key, may_be_name=names)
+            return _absolute(value, _start(key, base, elsewhere), key=key, may_be_name=names)
 
         value = parent[path[-1]]
         if isinstance(value, str) or (isinstance(value, dict) and path[-1] in _SOURCES):
@@ -59,14 +64,14 @@ def _paths(values: dict[str, Any], *, base: Path, overridden: Sequence[KeyPath])
             parent[path[-1]] = [absolute(v, (*path, i)) for i, v in enumerate(value)]
 
 
-def _esft_paths(values: dict[str, Any], *, base: Path, overridden: Sequence[KeyPath]) -> None:
+def _esft_paths(values: dict[str, Any], *, base: Path, elsewhere: Mapping[KeyPath, Path]) -> None:
     """In every stage's `learn`, the files of `esft("…")`."""
 
     def visit(stages: Any, path: KeyPath) -> None:
         for i, stage in enumerate(stages if isinstance(stages, list) else ()):
             key = (*path, i, "learn")
             if isinstance(stage, dict) and isinstance(stage.get("learn"), str):
-                start = Path.cwd() if any(o == key[: len(o)] for o in overridden) else base
+                start = _start(key, base, elsewhere)
                 stage["learn"] = _ESFT.sub(partial(_absolute_esft, base=start, key=key), stage["learn"])
             if isinstance(stage, dict):
                 visit(stage.get("stages"), (*path, i, "stages"))

@@ -60,14 +60,15 @@ class Origin:
         return f" (with {', '.join(map(str, inside))})" if inside else ""
 
 
-def describe(error: Any, *, origin: Origin, stages: Sequence[KeyPath]) -> str:
-    """An error of pydantic in a line: where, which key, what is wrong with it. `stages`: where each was written."""
+def describe(error: Any, *, origin: Origin, stages: Sequence[KeyPath], record: type[BaseModel] = Recipe) -> str:
+    """An error of pydantic in a line: where, which key, what is wrong with it. `stages`: where each was written.
+    `record`: what was read."""
     loc = _without_tags(error["loc"])
     there = (*stages[loc[1]], *loc[2:]) if loc[:1] == ("stages",) and len(loc) > 1 and isinstance(loc[1], int) else loc
     place, key = origin.of(there), format_key(there)
     match error["type"]:
         case "extra_forbidden":
-            return f"{place}: unknown key '{key}'.{did_you_mean(str(loc[-1]), _keys_at(error['loc'][:-1]))}"
+            return f"{place}: unknown key '{key}'.{did_you_mean(str(loc[-1]), _keys_at(error['loc'][:-1], record))}"
         case "missing":
             return f"{place}: '{key}' is missing"
         case "union_tag_not_found" | "union_tag_invalid":
@@ -117,9 +118,8 @@ def _without_tags(loc: tuple[str | int, ...]) -> KeyPath:
     return loc
 
 
-def _keys_at(loc: KeyPath) -> list[str]:
-    """The keys of the record at a place as pydantic names it, the tags of unions included."""
-    record: Any = Recipe
+def _keys_at(loc: KeyPath, record: Any) -> list[str]:
+    """The keys of the record at a place in `record` as pydantic names it, the tags of unions included."""
     for before, part in zip(("", *loc), loc, strict=False):
         if before == "schedule" and part in SCHEDULES:
             record = SCHEDULES[str(part)]
