@@ -87,7 +87,10 @@ class StorageError(FrostlineError):
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """`" Did you mean 'ffn'?"` for the known names nearest to `name`; empty when none is near."""
-    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.5)
+    small: dict[str, str] = {}
+    for each in known:
+        small.setdefault(each.casefold(), each)
+    near = [small[n] for n in difflib.get_close_matches(name.casefold(), small, n=limit, cutoff=0.5)]
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 

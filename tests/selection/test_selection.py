@@ -472,8 +472,8 @@ def test_buffers_are_never_selected():
         ("llama", "layers[-4]", 7, "layers[-4] is out of range: there are 3, 0 to 2"),
         ("llama", "layers[0, 7]", 10, "layers[7] is out of range: there are 3, 0 to 2"),
         ("llama", "layers[1:4]", 7, "layers[1:4] is out of range: there are 3, 0 to 2"),
-        ("llama", "layers[2:1]", 7, "layers[2:1] is out of range"),
-        ("llama", "layers[1:1]", 7, "layers[1:1] is out of range"),
+        ("llama", "layers[2:1]", 7, "layers[2:1] is empty: a range ends before its second number"),
+        ("llama", "layers[1:1]", 7, "layers[1:1] is empty"),
         ("mixtral", "layers[0].ffn.experts[4]", 22, "experts[4] is out of range: there are 4, 0 to 3"),
         ("llama", "attn.q[0]", 7, "'q' takes no index"),
         ("llama", "ffn | norm[0]", 11, "'norm' is a group and takes no index"),
@@ -495,7 +495,7 @@ def test_buffers_are_never_selected():
         ("llama", "layers[0].ffn.gatee", 14, "It has: gate, up, down, neurons."),
         ("llama", "attn.heads[4]", 11, "heads[4] is out of range: there are 4, 0 to 3"),
         ("llama", "kv_heads[0,2]", 11, "kv_heads[2] is out of range: there are 2, 0 to 1"),
-        ("llama", "heads[2:2]", 6, "heads[2:2] is out of range"),
+        ("llama", "heads[2:2]", 6, "heads[2:2] is empty"),
         ("llama", "layers[0].attn.heads[1].q", 24, "write 'layers[0].attn.heads[1] & layers[0].attn.q'"),
         ("gpt2", "heads.bias", 6, "write 'heads & bias'"),
         ("llama", "attn.{q,heads}", 8, "'heads' cannot stand in braces with others: join them with '|'"),
@@ -536,6 +536,36 @@ def test_an_unknown_name_is_answered_with_near_ones(family, text, near):
     error = refused(text, family)
     assert "Did you mean" in error.problem
     assert near in error.problem
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "meant"),
+    [
+        ("llama", "mlp", "'ffn': write that, or param(\"*.mlp.*\")"),
+        ("llama", "gate_proj", "'ffn.gate': write that"),
+        ("llama", "lm_head", "'head': write that, or param(\"*lm_head.*\")"),
+        ("gpt2", "c_attn", "'attn': write that, or param(\"*.c_attn.*\")"),
+        ("gpt2", "wte", "'embed': write that"),
+        ("llama", "FFN", "Did you mean 'ffn'"),
+        ("llama", "ffn + attn", "'|' takes both"),
+        ("llama", "layers[*].ffn", "a name without an index means every one"),
+        ("llama", "ffn and attn", "'|' takes both, '&' what is in both"),
+        ("llama", "not ffn", "'~' means everything but"),
+        ("llama", "layers(0)", "as in layers[0]"),
+        ("llama", "model.layers.0.mlp", "as in layers[0]"),
+    ],
+)
+def test_what_is_written_as_elsewhere_is_answered_with_how_it_is_written_here(family, text, meant):
+    assert meant in refused(text, family).problem
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "mlp"), ("llama", "lm_head"), ("gpt2", "c_attn"), ("gpt2", "wte")]
+)
+def test_the_pattern_that_is_offered_for_a_tensors_own_name_selects_those_tensors(family, name):
+    pattern = re.search(r"param\(.*\)", refused(name, family).problem)[0]
+    found = select(tiny.anatomy(family), pattern, ties="together")
+    assert all(name in s.tensor.split(".") or s.tensor in found.anatomy.ties.values() for s in found.slices)
 
 
 def test_an_unknown_name_far_from_all_is_answered_with_all_names():

@@ -29,6 +29,18 @@ SCORES: tuple[Score, ...] = ("tokens", "gate")
 """What experts are ranked by: their share of a layer's choices, or of the weight its router gives."""
 MAX_DEPTH = 50
 """Nested parentheses and complements allowed."""
+MEANT = {
+    "+": "'|' takes both",
+    "/": "'.' leads into a part, as in ffn.gate",
+    "*": 'a name without an index means every one, and patterns of tensors\' own names stand in param("…")',
+    "!": "'~' means everything but",
+    ";": "',' stands between indices",
+    "and": "'|' takes both, '&' what is in both",
+    "or": "'|' takes both",
+    "not": "'~' means everything but",
+    "(": "indices stand in brackets, as in layers[0]",
+}
+"""What other languages write → how it is said here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +160,10 @@ class _Parser:
             match = _TOKEN.match(self.text, at)
             if match is None:
                 column = at + len(self.text[at:]) - len(self.text[at:].lstrip())
-                quote = self.text[column] in "'\""
-                what = "this quote is not closed" if quote else f"unexpected character {self.text[column]!r}"
-                raise self.error(what, column)
+                found = self.text[column]
+                if found in "'\"":
+                    raise self.error("this quote is not closed", column)
+                raise self.error(f"unexpected character {found!r}{_meant(found)}", column)
             group = match.lastgroup or ""
             token = match[group]
             kind = {"sign": token, "double": "quoted", "single": "quoted"}.get(group, group)
@@ -183,7 +196,10 @@ class _Parser:
             raise self.error("a selection cannot be empty; write 'all' for everything", 0)
         tree = self.union()
         if self.token.kind != "end":
-            raise self.error(f"expected '|', '&' or '-' between parts, found {self.found()}", self.token.column)
+            what = "expected '|', '&' or '-' between parts, found"
+            before = self.tokens[self.at - 1].text
+            hint = _meant(self.token.text) or (_meant(before) if before == "not" else "")
+            raise self.error(f"{what} {self.found()}{hint}", self.token.column)
         return tree
 
     def union(self) -> Expr:
@@ -256,6 +272,8 @@ class _Parser:
                 names.append(self.expect("name", "a name"))
             self.expect("}", "',' or '}'")
         else:
+            if self.token.kind == "int" and self.at and self.tokens[self.at - 1].kind == ".":
+                raise self.error(f"expected the name of a part, found {self.found()}{_meant('(')}", self.token.column)
             names = [self.expect("name", "the name of a part")]
         items = self.items() if self.accept("[") else None
         found = tuple(n.text for n in names)
@@ -338,3 +356,8 @@ class _Parser:
         if len(token.text) > 9:
             raise self.error("this number is too large", token.column)
         return -int(token.text) if minus else int(token.text)
+
+
+def _meant(found: str) -> str:
+    """`": '|' takes both"` for what is written so elsewhere; empty for everything else."""
+    return f": {MEANT[found]}" if found in MEANT else ""

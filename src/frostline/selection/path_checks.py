@@ -11,7 +11,7 @@ from dataclasses import replace
 from frostline.anatomy import Cut
 from frostline.errors import SelectionError, did_you_mean
 from frostline.selection.grammar import Item, Path, PathSegment, Ranked
-from frostline.selection.names import GROUPS, Names, Steps, in_range, known_names, written
+from frostline.selection.names import GROUPS, Names, Steps, in_range, indices, known_names, written
 
 ErrorAt = Callable[[str, int], SelectionError]
 """(message, column) → the error that points there."""
@@ -52,9 +52,22 @@ class PathCheck:
         if before and self.names.fitting(before):
             return self.no_part_inside(name, before, column)
         known = known_names(self.names.anatomy)
-        near = did_you_mean(name, known)
+        near = self.in_tensor_names(name) or did_you_mean(name, known)
         listed = "" if near else f" Known parts: {', '.join(known)}."
         return self.error(f"this model has no part '{name}'.{near}{listed}", column)
+
+    def in_tensor_names(self, name: str) -> str:
+        """Of a name that stands in tensors' own names, such as `mlp`: the part that they belong to, and how to write
+        the tensors themselves. Empty for every other name."""
+        anatomy = self.names.anatomy
+        own = {s.tensor for c in anatomy.components for s in c.slices if name in s.tensor.split(".")}
+        paths = [[n for n, _ in c.path] for c in anatomy.components if any(s.tensor in own for s in c.slices)]
+        shared = [n for n in (paths[0] if paths else ()) if all(n in path for path in paths)]
+        part = ".".join(shared[1:] if len(shared) > 1 and shared[0] == "layers" else shared)
+        if not part:
+            return ""
+        pattern = f"*.{name}.*" if all(f".{name}." in tensor for tensor in own) else f"*{name}.*"
+        return f" It is in the names of tensors that belong to '{part}': write that, or param(\"{pattern}\")."
 
     def no_part_inside(self, name: str, before: Steps, column: int) -> SelectionError:
         """That what `before` names has no part of that name, and which it has."""
@@ -101,7 +114,13 @@ class PathCheck:
             raise self.error(f"'{name}' takes no index", item.column)
         if not any(in_range(item, n) for n in counts):
             n = max(counts)
+            if _is_empty(item, n):
+                raise self.empty(name, item)
             raise self.error(f"{name}[{item.text}] is out of range: there are {n}, 0 to {n - 1}", item.column)
+
+    def empty(self, name: str, item: Item) -> SelectionError:
+        """That nothing lies between the two ends of a range."""
+        return self.error(f"{name}[{item.text}] is empty: a range ends before its second number", item.column)
 
     def check_every_choice(self) -> None:
         """Every name in braces, and every index where it stands, must lead somewhere by itself."""
@@ -118,6 +137,8 @@ class PathCheck:
         before, step = self.steps[:k], self.steps[k]
         everywhere = self.names.fitting((*before, replace(step, items=None)))
         short = [c for c in everywhere if isinstance(c, Cut) and not in_range(item, c.n)]
+        if short and _is_empty(item, short[0].n):
+            raise self.empty(short[0].name, item)
         if short:  # unlike layers, heads and neurons of every layer that is named must exist
             raise self.error(f"{short[0].name}[{item.text}] is out of range: there are {short[0].n}", item.column)
         if not self.names.fitting((*before, replace(step, items=(item,)))):
@@ -138,6 +159,14 @@ class PathCheck:
             raise self.error(f"'{name}' cannot take this index", column)
         follows = written(self.path.segments[k + 1 :])
         raise self.error(f"'{name}' has nothing that fits '{follows}'", column)
+
+
+def _is_empty(item: Item, n: int) -> bool:
+    """Whether both ends of a range exist among `n`, and nothing lies between them."""
+    if not isinstance(item.value, slice):
+        return False
+    ends = [e for e in (item.value.start, item.value.stop) if e is not None]
+    return all(-n <= e <= n for e in ends) and not indices(item, n)
 
 
 def _not_measured(text: str) -> str:
