@@ -23,7 +23,7 @@ from frostline.prepared import Prepared, choose_device
 from frostline.ready import Ready, make_ready
 from frostline.recipe import Recipe, keys_of, load_recipe
 from frostline.run import RunResult, carry_out, run_name
-from frostline.run_folder import RunFolder, damaged_records, rewind
+from frostline.run_folder import RunFolder, check_kept, damaged_records, rewind
 
 
 def resume(
@@ -109,6 +109,7 @@ def _listed(rejected: Sequence[Rejected]) -> str:
 
 def _state(checkpoint: Checkpoint, ready: Ready, folder: RunFolder) -> RunState:
     """The state in a checkpoint, once the model is the one that the run started from. Raises `RunFolderError`."""
+    check_kept(folder, checkpoint.data["records"])
     start = folder.read_boundaries()[0].hashes
     changed = _changed(ready, start)
     if changed:

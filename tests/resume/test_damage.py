@@ -24,7 +24,7 @@ from frostline.environment import hash_code
 from frostline.errors import RunFolderError, StorageError
 from frostline.recipe import Recipe
 from frostline.resume import resume
-from frostline.run_folder import RunFolder
+from frostline.run_folder import RunFolder, record_sizes, rewind
 
 STAGES = [
     {"name": "joint", "learn": "all", "steps": 5, "lr": 3e-3},
@@ -260,6 +260,42 @@ def test_records_that_lost_lines_are_an_error(cut: Path) -> None:
         file.truncate(10)
     with pytest.raises(RunFolderError, match="has lost lines"):
         resume(cut)
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"\xff\x00{[" + path.read_bytes()[4:])
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, garble], ids=["gone", "garbled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evidence/boundary-0.json",
+        "evidence/boundary-1.json",
+        "evidence/entry-0.safetensors",
+        "evidence/entry-1.safetensors",
+        "evidence/gradients.jsonl",
+        "metrics.jsonl",
+        "endings.jsonl",
+    ],
+)
+def test_a_record_that_the_audit_needs_is_missed_before_the_run_goes_on(
+    cut: Path, name: str, harm: Callable[[Path], None]
+) -> None:
+    harm(cut / name)
+    before = {p: p.read_bytes() for p in sorted(cut.rglob("*")) if p.is_file()}
+    with pytest.raises(RunFolderError, match=re.escape(Path(name).name)):
+        resume(cut)
+    assert {p: p.read_bytes() for p in sorted(cut.rglob("*")) if p.is_file()} == before
+
+
+def test_evidence_that_cannot_be_taken_away_is_an_error_of_storage(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: bool) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StorageError, match=r"boundary-2\.json: Permission denied"):
+        rewind(RunFolder.open(cut), record_sizes(RunFolder.open(cut)) | {"boundaries": 2})
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])

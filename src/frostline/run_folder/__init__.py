@@ -32,7 +32,7 @@ a checkpoint.
 
 from frostline.run_folder.folder import RunFolder, checkpoint_of, damaged_records
 from frostline.run_folder.records import Boundary, GradientSample, StageRecord, State, UpdateSample
-from frostline.run_folder.rewinding import record_sizes, rewind
+from frostline.run_folder.rewinding import check_kept, record_sizes, rewind
 
 __all__ = [
     "Boundary",
@@ -41,6 +41,7 @@ __all__ = [
     "StageRecord",
     "State",
     "UpdateSample",
+    "check_kept",
     "checkpoint_of",
     "damaged_records",
     "record_sizes",

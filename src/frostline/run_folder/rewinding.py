@@ -1,14 +1,17 @@
 """How far the records of a run have come, and taking them back to that: what came after a checkpoint is written again.
 
-A checkpoint keeps `record_sizes`; a resume calls `rewind` with them. Read these two.
+A checkpoint keeps `record_sizes`; a resume calls `check_kept` and `rewind` with them. Read these three.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from frostline.errors import RunFolderError
 from frostline.run_folder.folder import RunFolder
@@ -36,16 +39,27 @@ def record_sizes(folder: RunFolder) -> dict[str, int]:
 def rewind(folder: RunFolder, sizes: Mapping[str, int]) -> None:
     """Take the records back to what they were. Raises `RunFolderError` when less is there than there was, and changes
     nothing then; `{}` takes away everything."""
-    growing = _growing(folder)
-    for name, path in growing.items():
-        _check_not_less(path, sizes.get(name, 0))
-    for name, path in growing.items():
+    check_kept(folder, sizes)
+    for name, path in _growing(folder).items():
         _cut(path, sizes.get(name, 0))
     for kind, pattern in NUMBERED.items():
         _remove_from(sizes.get(kind, 0), folder.evidence, pattern)
     for name in MADE_LATER:
-        (folder.path / name).unlink(missing_ok=True)
+        with storage_errors(folder.path / name):
+            (folder.path / name).unlink(missing_ok=True)
     shutil.rmtree(folder.model, ignore_errors=True)
+
+
+def check_kept(folder: RunFolder, sizes: Mapping[str, int]) -> None:
+    """Raise `RunFolderError` when less is there than there was, or what is there cannot be read: better before a run
+    goes on than at its end."""
+    for name, path in _growing(folder).items():
+        _check_not_less(path, sizes.get(name, 0))
+        _check_lines(path, sizes.get(name, 0))
+    for i in range(sizes.get("boundaries", 0)):
+        folder.read_json(f"evidence/boundary-{i}.json")
+    for i in range(sizes.get("entries", 0)):
+        _check_weights(folder.entry(i))
 
 
 def _growing(folder: RunFolder) -> dict[str, Path]:
@@ -57,6 +71,29 @@ def _check_not_less(path: Path, n_bytes: int) -> None:
     there = path.stat().st_size if path.exists() else 0
     if there < n_bytes:
         raise RunFolderError(f"{path} has lost lines: it has {there} bytes and had {n_bytes} at the checkpoint")
+
+
+def _check_lines(path: Path, n_bytes: int) -> None:
+    """Every line of the first `n_bytes` must be one that was written."""
+    if not n_bytes:
+        return
+    try:
+        with path.open("rb") as file:
+            for line in file.read(n_bytes).splitlines():
+                json.loads(line)
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path} is not readable: {error}") from None
+
+
+def _check_weights(path: Path) -> None:
+    """A file of tensors must be there, and have the shapes that it says."""
+    if not path.is_file():
+        raise RunFolderError(f"{path} is gone: it holds the values that a stage started with, which the audit needs")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(f"{path} is not readable: {error}") from None
 
 
 def _cut(path: Path, n_bytes: int) -> None:
@@ -73,4 +110,5 @@ def _remove_from(first: int, folder: Path, pattern: str) -> None:
     for path in folder.glob(pattern):
         number = path.stem.rpartition("-")[2]
         if number.isdigit() and int(number) >= first:
-            path.unlink()
+            with storage_errors(path):
+                path.unlink()
