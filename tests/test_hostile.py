@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import struct
 import sys
@@ -25,7 +26,7 @@ from frostline.errors import FrostlineError, ModelError, RecipeError, RunFolderE
 from frostline.experiment.report import write_report
 from frostline.export import export_run
 from frostline.model import load_model, load_skeleton
-from frostline.recipe import recipe_from_dict
+from frostline.recipe import ScratchModel, recipe_from_dict
 from frostline.resume import resume
 from frostline.run_folder import RunFolder
 from frostline.secrecy import command_without_secrets, find_secret, without_secrets
@@ -315,3 +316,15 @@ def test_a_delta_does_not_lead_out_of_the_folder_it_is_applied_into(made: Path, 
     with pytest.raises(ModelError, match=r"has no place for what .*evil\.safetensors holds: \.\./\.\./norm"):
         apply_deltas(str(base), [tmp_path / "evil.safetensors"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"hidden_size": 30}, "hidden size (30) is not a multiple of the number of attention heads (4)"),
+        ({"vocab_size": -1}, "no 'llama' can be built with this configuration: Trying to create tensor with negative"),
+    ],
+)
+def test_a_model_that_cannot_be_built_from_its_sizes_says_which_are_wrong(fields: dict[str, int], said: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(said)):
+        load_skeleton(ScratchModel(**tiny.config("llama", **fields)))

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from frostline.errors import ModelError
 from frostline.recipe import ScratchModel
 
@@ -112,13 +114,17 @@ def _cannot_load(what: str, source: Source, error: Exception) -> ModelError:
         files = sorted({f"{name.rpartition('.')[0]}.py" for name in code_of(str(source)).values()})
         where = f" ({', '.join(files)})" if files else ""
         return ModelError(f"{source} comes with code of its own{where}; only `--trust-remote-code` runs it")
-    name = source if isinstance(source, str) else source.architecture
-    hint = "" if isinstance(source, ScratchModel) or Path(source).exists() else " It is not a folder here either."
+    if isinstance(source, ScratchModel):
+        return ModelError(f"model: no '{source.architecture}' can be built with this configuration: {reason(error)}")
+    name = source
+    hint = "" if Path(source).exists() else " It is not a folder here either."
     return ModelError(f"no {what} can be loaded from '{name}': {reason(error)}.{hint}")
 
 
 def reason(error: Exception) -> str:
     """What an error says in a line; with its type, where that is not one of those that are meant for people."""
+    if isinstance(error, StrictDataclassError) and isinstance(error.__cause__, Exception):
+        return reason(error.__cause__)  # the check that failed; the error itself says only which method it was in
     line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     plain = isinstance(error, (OSError, ValueError, RuntimeError)) and line
     return line if plain else f"{type(error).__name__}: {line}".rstrip(": ")

@@ -20,9 +20,9 @@ from frostline.engine import loss_of, next_token_loss, step
 from frostline.engine.dispatch import set_dispatch, take_dropped
 from frostline.engine.recompute import recompute_blocks
 from frostline.engine.stage_switch import set_modes
-from frostline.errors import ModelError
+from frostline.errors import ModelError, RecipeError
 from frostline.moe import capacity_of, choice_of, find_sites, kept, logits_of, watch_routers
-from frostline.recipe import StageSpec
+from frostline.recipe import StageSpec, recipe_from_dict
 from frostline.schedule import Schedule
 from frostline.selection import select
 
@@ -42,10 +42,19 @@ CPU = torch.device("cpu")
         (2.0, 10, 1, 4, 5),
         (1.1, 100, 1, 10, 11),  # 11 exactly, which floating point makes 12
         (0.01, 4, 1, 4, 1),
+        (1.3333333333333333, 300_000, 8, 128, 25_000),  # with all its digits it leaves 64 bits
+        (10_000.0, 1_000_000, 8, 8, 10_000_000_000),
     ],
 )
 def test_an_expert_takes_its_equal_share_times_the_factor_rounded_up(factor, length, chosen, n, room):
     assert capacity_of(factor, lengths=torch.tensor([length, 0]), chosen=chosen, n_experts=n).tolist() == [room, 0]
+
+
+@pytest.mark.parametrize("capacity", [0, 1e-320, 1e308, 10**30])
+def test_a_capacity_that_no_expert_can_have_is_refused_by_its_name(capacity):
+    stages = [{"learn": "router", "steps": 1, "lr": 1e-3, "moe": {"capacity": capacity}}]
+    with pytest.raises(RecipeError, match=r"stages\[0\]\.moe\.capacity"):
+        recipe_from_dict({"model": tiny.config("mixtral"), "data": {"train": "text.txt"}, "stages": stages})
 
 
 def routing(seed, rows, length, n, k):

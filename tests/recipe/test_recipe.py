@@ -316,6 +316,19 @@ def test_stages_without_names_are_numbered_from_one():
     assert [stage_name(recipe, i) for i in range(3)] == ["stage-1", "late", "stage-3"]
 
 
+@pytest.mark.parametrize("size", [0, -1, 256, 10**30])
+def test_a_vocabulary_that_no_byte_level_tokenizer_can_have_is_refused_by_its_name(size):
+    with pytest.raises(RecipeError, match=r"tokenizer\.vocab_size"):
+        recipe_from_dict(
+            {
+                "model": {"architecture": "llama"},
+                "tokenizer": {"train": "byte-bpe", "vocab_size": size},
+                "data": {"train": "text.txt"},
+                "stages": [{"learn": "ffn", "steps": 1, "lr": 1e-3}],
+            }
+        )
+
+
 @pytest.mark.parametrize("names", [("a", "a"), (None, "stage-1"), ("stage-2", None)])
 def test_two_stages_of_one_name_are_refused(names):
     stages = [{"learn": "all", "steps": 4, "lr": 1e-4} | ({"name": n} if n else {}) for n in names]

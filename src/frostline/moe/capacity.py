@@ -17,7 +17,8 @@ def capacity_of(factor: float, *, lengths: torch.Tensor, chosen: int, n_experts:
 
     `lengths`: (rows,), the tokens of each row, padding left out.
     """
-    exact = Fraction(str(factor))
+    # 1.3333333333333333 as 4/3: with all of its digits the products below would not fit into 64 bits
+    exact = Fraction(str(factor)).limit_denominator(10**6)
     return -(-(lengths * chosen * exact.numerator) // (n_experts * exact.denominator))
 
 

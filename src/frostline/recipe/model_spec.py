@@ -29,7 +29,7 @@ class TrainedTokenizer(Record):
 
     train: Literal["byte-bpe"]
     """The kind: byte-level byte-pair encoding."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Field(ge=257, le=2**31 - 1)] | None = None
     """Entries; the model's own `vocab_size` when left out."""
     special_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)] = ()
     """Control tokens for a chat template: `["<|im_start|>", "<|im_end|>"]`."""
