@@ -16,8 +16,9 @@ from rich.text import Text
 from frostline.anatomy import Anatomy, Proof, SliceProof, parse_path
 from frostline.audit import FAILED, Audit, Diff, Row
 from frostline.experiment.bench import Claims
-from frostline.experiment.demo import Demo
+from frostline.experiment.demo import Findings
 from frostline.folding import Fold, fold
+from frostline.run import RunResult
 from frostline.selection import Selection, compare, shared_heads
 from frostline.units import format_bytes, format_changes, format_count, format_share
 
@@ -314,16 +315,16 @@ def print_claims(console: Console, claims: Claims) -> None:
             console.print(Text(f"    gradient: {received}\n    none: {none}", style="dim"))
 
 
-def print_demo(console: Console, demo: Demo) -> None:
+def print_demo(console: Console, result: RunResult, found: Findings) -> None:
     """The whole demo: audit, losses, samples, claims."""
-    print_audit(console, demo.result.audit)
+    print_audit(console, result.audit)
     console.print()
-    for prompt in dict.fromkeys(s.prompt for s in demo.samples):
+    for prompt in dict.fromkeys(s.prompt for s in found.samples):
         console.print(Text(f"{prompt}…", style="bold"))
-        for s in demo.samples:
+        for s in found.samples:
             if s.prompt == prompt:
                 text = " ".join(s.text.split())
                 console.print(Text(f"  {s.when}: ", style="cyan").append(text[:110], style="default"))
     console.print()
-    print_claims(console, demo.claims)
+    print_claims(console, found.claims)
     console.print()

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,12 +16,15 @@ from typer.testing import CliRunner
 import frostline
 from frostline.audit import rewind
 from frostline.cli import app
+from frostline.engine import StepDone
 from frostline.errors import RunFolderError
 from frostline.experiment import bench as bench_module
+from frostline.experiment import demo as demo_module
 from frostline.experiment.report import write_report
 from frostline.model import load_model
 from frostline.prepared import prepare
 from frostline.ready import load_weights
+from frostline.run import RunResult
 from frostline.run_folder import RunFolder
 
 SMALL_DEMO = [
@@ -76,6 +81,57 @@ def test_breaking_a_claimed_property_turns_the_demos_exit_code(tmp_path: Path, m
 
 def test_the_demo_never_overwrites(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert frost_demo(demo, monkeypatch).exit_code == 2  # type: ignore[attr-defined]
+
+
+def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, training gets a SIGINT after a step of its run."""
+
+    def interrupt(event: object) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    for name in ("train", "resume"):
+        original = getattr(demo_module, name)
+
+        def with_signal(what: Any, *, observers: Any, original: Any = original, **keys: Any) -> RunResult:
+            result: RunResult = original(what, observers=[*observers, interrupt], **keys)
+            return result
+
+        monkeypatch.setattr(demo_module, name, with_signal)
+
+
+def test_a_demo_that_is_interrupted_measures_nothing_and_goes_on_to_the_same_bytes(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopped_after(3, patch)
+        result: Any = frost_demo(out, patch)
+    assert result.exit_code == 75, result.output
+    assert f"interrupted after step 3, and saved; run it again to go on: frostline demo --out {out}" in result.output
+    assert "FALSE" not in result.output
+    assert not (out / "run" / "claims.json").exists()
+    changed: Any = frost_demo(out, monkeypatch, "--set", "seed=1")
+    assert changed.exit_code == 2
+    assert "begun with other settings" in changed.output
+    with monkeypatch.context() as patch:  # in the measuring
+        patch.setattr(demo_module, "sample_run", interrupted)
+        again: Any = CliRunner().invoke(app, ["demo", "--out", str(out)])
+    assert again.exit_code == 75, again.output
+    assert "going on after step 3" in again.output
+    last: Any = frost_demo(out, monkeypatch)
+    assert last.exit_code == 0, last.output
+    assert "the run is finished" in last.output
+    assert "AUDIT PASSED" in last.output
+    for name in ("metrics.jsonl", "model/model.safetensors", "claims.json", "samples.json"):
+        assert (out / "run" / name).read_bytes() == (demo / "run" / name).read_bytes(), name
+    done: Any = frost_demo(out, monkeypatch)
+    assert done.exit_code == 2
+    assert "holds a demo that is done" in done.output
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 class Page(HTMLParser):

@@ -47,32 +47,39 @@ def claims(
 @app.command(rich_help_panel="What is said about freezing")
 @errors_for_people
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="The folder to write; must not exist or be empty.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", help="The folder to write; new, empty, or of a demo that was stopped.")
+    ] = Path("runs/demo"),
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a small Llama (everything, then only the FFN), settle the claims on it, write the page."""
+    """Train a small Llama (everything, then only the FFN), settle the claims on it, write the page.
+
+    Interrupted, it goes on when it is run again with the same folder.
+    """
     from frostline.audit import audit_to_json
     from frostline.experiment.claims import claims_to_json
     from frostline.experiment.demo import run_demo
-    from frostline.experiment.report import write_report
     from frostline.terminal import print_demo
     from frostline.terminal_plan import print_checks
     from frostline.terminal_progress import ProgressLines
 
     console = make_console(stderr=as_json)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False)
+
     with ProgressLines(console) as progress:
-        done = run_demo(out, overrides=overrides or [], observers=[progress])
-    if done.result.state == "interrupted":
-        typer.echo(f"interrupted after step {done.result.steps}; the run folder is intact", err=True)
+        done = run_demo(out, overrides=overrides or [], observers=[progress], say=say)
+    found = done.findings
+    if found is None:
+        again = "frostline demo" if out == Path("runs/demo") else f"frostline demo --out {out}"
+        typer.echo(f"interrupted after step {done.result.steps}, and saved; run it again to go on: {again}", err=True)
         raise typer.Exit(INTERRUPTED)
-    page = write_report(done.result.folder, audited=done.result.audit)
     if as_json:
-        print_json({"audit": audit_to_json(done.result.audit), "claims": claims_to_json(done.claims)})
+        print_json({"audit": audit_to_json(done.result.audit), "claims": claims_to_json(found.claims)})
     else:
-        print_demo(console, done)
+        print_demo(console, done.result, found)
         print_checks(console, done.result.checks)
-        console.print(f"report: {page}", soft_wrap=True, highlight=False)
-    raise typer.Exit(0 if done.result.audit.passed and done.claims.hold else 1)
+        console.print(f"report: {found.page}", soft_wrap=True, highlight=False)
+    raise typer.Exit(0 if done.result.audit.passed and found.claims.hold else 1)

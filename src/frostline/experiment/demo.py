@@ -1,24 +1,29 @@
-"""The demo: train a small Llama in two stages, settle the claims on it, write the page."""
+"""The demo: train a small Llama in two stages, settle the claims on it, write the page.
+
+Stopped anywhere, it goes on from there when it is run again with the same folder. Read `run_demo`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
+from frostline.audit import audit
 from frostline.engine import Observer
 from frostline.errors import RunFolderError
 from frostline.experiment.bench import Claims
 from frostline.experiment.claims import claims_to_json, measure_claims
 from frostline.experiment.corpus import write_corpus
 from frostline.experiment.probe import probe_batch
+from frostline.experiment.report import write_report
 from frostline.experiment.samples import Sample, sample_run, samples_to_json
 from frostline.model import load_model, load_tokenizer
-from frostline.recipe import load_recipe
+from frostline.recipe import load_recipe, shipped_recipes
+from frostline.resume import resume
 from frostline.run import RunResult, train
 from frostline.run_folder import RunFolder
-from frostline.storage import write_text
+from frostline.storage import storage_errors, write_text
 
 PROMPTS = ("The for statement", "def ", "An exception is raised when")
 
@@ -28,27 +33,93 @@ class Demo:
     """What the demo did."""
 
     result: RunResult
+    """Of its run; `interrupted` when a signal stopped the training."""
+    findings: Findings | None
+    """None when the demo was interrupted: of an unfinished model nothing is measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Findings:
+    """What was found out about the trained model."""
+
     claims: Claims
     samples: list[Sample]
+    page: Path
 
 
-def run_demo(out: Path, *, overrides: Iterable[str] = (), observers: Sequence[Observer] = ()) -> Demo:
-    """Write the corpus, train, measure the claims on the trained model, sample. `out` must be empty or not exist.
+def run_demo(
+    out: Path,
+    *,
+    overrides: Iterable[str] = (),
+    observers: Sequence[Observer] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> Demo:
+    """Write the corpus, train, measure the claims on the trained model, sample, write the page; or go on with that.
 
-    Raises `RunFolderError` when `out` is not empty.
+    `out` must be empty or not exist, or hold a demo that was stopped. `say`: told how it goes on. Raises
+    `RunFolderError` when `out` holds anything else, or a demo that was begun with other overrides.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunFolderError(f"{out} exists and is not empty; the demo never overwrites: name another --out")
-    write_corpus(out / "corpus")
-    recipe_path = out / "recipe.yaml"
-    write_text(recipe_path, files("frostline").joinpath("recipes/demo.yaml").read_text(encoding="utf-8"))
-    result = train(load_recipe(recipe_path, overrides=overrides), out=out / "run", observers=observers)
-    run = RunFolder.open(out / "run")
+    overrides = list(overrides)
+    run = RunFolder(out / "run")
+    if not _was_begun(out):
+        with storage_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "recipe.yaml", shipped_recipes()["demo"])
+    if not run.path.exists():
+        write_corpus(out / "corpus")
+        result = train(load_recipe(out / "recipe.yaml", overrides=overrides), out=run.path, observers=observers)
+    else:
+        _check_settings(out, run, overrides)
+        result = _rest_of(run, observers, say)
+    if result.state == "interrupted":
+        return Demo(result=result, findings=None)
+    try:
+        return Demo(result=result, findings=_find_out(run, result))
+    except KeyboardInterrupt:  # nothing is lost: the run is finished, and measured anew
+        return Demo(result=result, findings=None)
+
+
+def _find_out(run: RunFolder, result: RunResult) -> Findings:
+    """Measure the claims on the trained model, sample, write the page."""
     claims = claims_of(str(run.model), name="the demo's model after training")
     run.write_json("claims.json", claims_to_json(claims))
     samples = sample_run(run, PROMPTS)
     run.write_json("samples.json", samples_to_json(samples))
-    return Demo(result=result, claims=claims, samples=samples)
+    page = write_report(run.path, audited=result.audit)
+    return Findings(claims=claims, samples=samples, page=page)
+
+
+def _was_begun(out: Path) -> bool:
+    """Whether a demo was stopped in this folder. Raises `RunFolderError` where there is something else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    recipe = out / "recipe.yaml"
+    if not recipe.is_file() or recipe.read_bytes() != shipped_recipes()["demo"].encode():
+        raise RunFolderError(f"{out} exists and is not empty; the demo never overwrites: name another --out")
+    if RunFolder(out / "run").report.exists():
+        raise RunFolderError(f"{out} holds a demo that is done; the demo never overwrites: name another --out")
+    return True
+
+
+def _check_settings(out: Path, run: RunFolder, overrides: Sequence[str]) -> None:
+    """Raise `RunFolderError` when overrides are given that the demo was not begun with."""
+    if overrides and run.recipe.exists():
+        asked, begun = load_recipe(out / "recipe.yaml", overrides=overrides), load_recipe(run.recipe)
+        if asked != begun:
+            raise RunFolderError(
+                f"{out} was begun with other settings than these: leave --set out to go on, or name another --out"
+            )
+
+
+def _rest_of(run: RunFolder, observers: Sequence[Observer], say: Callable[[str], None]) -> RunResult:
+    """Train what is left of a run; one that is finished is audited again."""
+    if run.read_status()["state"] != "finished":
+        return resume(run.path, observers=observers, say=say)
+    say("the run is finished: going on with what is measured on it")
+    steps = run.read_status()["step"]
+    return RunResult(
+        folder=run.path, state="finished", steps=steps, checks=(), anatomy=run.read_anatomy(), audit=audit(run.path)
+    )
 
 
 def claims_of(source: str, *, name: str | None = None, trust_remote_code: bool = False) -> Claims:
