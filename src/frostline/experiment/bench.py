@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from torch.nn.functional import cosine_similarity
 
 from frostline.anatomy import Anatomy, Slice, read_anatomy, take
 from frostline.data import Batch
-from frostline.engine import next_token_loss, step
-from frostline.engine.stage_switch import Active, switch
+from frostline.engine import loss_of, step
+from frostline.engine.stage_switch import Active, Memory, switch
+from frostline.errors import FrostlineError, first_line
 from frostline.recipe import OptimizerSpec, StageSpec
 from frostline.schedule import Schedule
 from frostline.selection import Selection, select
@@ -72,31 +74,36 @@ class Bench:
         self.layers = range(self.anatomy.n_layers)
         self.active: Active | None = None
 
-    def learn(self, expression: str) -> Active:
+    def learn(self, expression: str, **settings: Any) -> Active:
         """Put the weights back and enter a stage in which `expression` learns."""
         with torch.no_grad():
             for name, value in self.start.items():
                 self.parameters[name].copy_(value)
+        return self.enter(expression, memory={}, **settings)
+
+    def enter(self, expression: str, *, memory: Memory, **settings: Any) -> Active:
+        """Enter a stage in which `expression` learns, the weights as they are. `settings`: of its `StageSpec`."""
         optimizer = OptimizerSpec(name="adamw", weight_decay=DECAY)
-        spec = StageSpec(learn=expression, steps=N_STEPS, lr=LR, optimizer=optimizer, clip=None)
+        usual: dict[str, Any] = {"steps": N_STEPS, "lr": LR, "optimizer": optimizer, "clip": None}
+        spec = StageSpec(learn=expression, **usual | settings)
         schedule = Schedule.of([("claim", spec, select(self.anatomy, expression))])
-        self.active = switch(self.parameters, self.anatomy, schedule.stages[0], memory={}, leaving=self.active)
+        self.active = switch(self.parameters, self.anatomy, schedule.stages[0], memory=memory, leaving=self.active)
         return self.active
 
     def backward(self) -> float:
         """One forward and backward pass, dropout off; returns the loss."""
         self.model.eval()
+        assert self.active is not None
+        loss = loss_of(self.active.stage, None)
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)  # some sums run in any order otherwise (GPT-OSS)
         try:
-            return step(self.model, [self.batch], next_token_loss, seed=SEED, device=self.device).loss.item()
+            return step(self.model, [self.batch], loss, seed=SEED, device=self.device).loss.item()
         finally:
             torch.use_deterministic_algorithms(before)
 
     def update(self, active: Active) -> None:
         """One optimizer step, gradients cleared after it."""
-        for group in active.optimizer.param_groups:
-            group["lr"] = LR
         active.optimizer.step()
         active.ownership.write_back()
         active.optimizer.zero_grad()
@@ -120,6 +127,13 @@ class Bench:
     def select(self, expression: str) -> Selection:
         """A selection of this model."""
         return select(self.anatomy, expression)
+
+
+def unmeasured(key: str, belief: str, error: FrostlineError) -> Claim:
+    """A claim that this model cannot settle, with the reason."""
+    return Claim(
+        key=key, belief=belief, verdict="NOT MEASURED HERE", measured=f"{first_line(error).rstrip('.')}.", holds=True
+    )
 
 
 def reached(bench: Bench, gradients: dict[str, torch.Tensor]) -> tuple[list[str], list[str]]:

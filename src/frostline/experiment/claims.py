@@ -1,7 +1,8 @@
 """What is said about freezing, settled by measurement on a model: belief, measurement, verdict.
 
 Every measurement uses the engine's own `switch` and `step`, so it is also a check of the engine. Rows S3, S4, S5 and
-S7 of the question the project grew from. Read `measure_claims` first. The weights are put back after each claim.
+S7 of the question the project grew from; others stand in `stage_claims.py`, `route_claims.py` and `moe_claims.py`. Read
+`measure_claims` first. The weights are put back after each claim.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from frostline.experiment.bench import (
     similarity,
     three_digits,
 )
+from frostline.experiment.moe_claims import MOE_CLAIMS
 from frostline.experiment.route_claims import ROUTE_CLAIMS
+from frostline.experiment.stage_claims import STAGE_CLAIMS, one_step_from_one_loss
 from frostline.selection import Selection
 
 
@@ -206,12 +209,16 @@ def detached_attention_still_feeds_the_embedding(bench: Bench) -> Claim:
 
 
 CLAIMS: tuple[Callable[[Bench], Claim], ...] = (
+    one_step_from_one_loss,
     everything_learns,
     ffn_alone_can_learn,
     gradients_pass_through_frozen_attention,
     a_zero_gradient_is_no_freeze,
     detached_attention_still_feeds_the_embedding,
     *ROUTE_CLAIMS,
+    *STAGE_CLAIMS[:2],
+    *MOE_CLAIMS,
+    *STAGE_CLAIMS[2:],
 )
 
 

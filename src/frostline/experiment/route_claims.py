@@ -13,7 +13,7 @@ import torch
 
 from frostline.engine import Points, place, set_routes
 from frostline.errors import RouteError
-from frostline.experiment.bench import Bench, Claim, folded, reached, similarity, three_digits
+from frostline.experiment.bench import Bench, Claim, folded, reached, similarity, three_digits, unmeasured
 from frostline.schedule import Route
 
 
@@ -25,7 +25,7 @@ def a_stop_is_no_freeze(bench: Bench) -> Claim:
         true = _gradients(bench, points, "all", [])
         stopped = _gradients(bench, points, "all", _routes(points, "attn.out"))
     except RouteError as error:
-        return _unmeasured("S7", belief, error)
+        return unmeasured("S7", belief, error)
     frozen = _gradients(bench, points, "all - attn", [])
     differing = [n for n, g in frozen.items() if not torch.equal(g, true[n])]
     cosines = [similarity(bench, f"layers[{i}].ffn", true, stopped)[0] for i in bench.layers]
@@ -53,7 +53,7 @@ def only_a_stopped_stream_freezes_what_lies_before(bench: Bench) -> Claim:
         true, _ = reached(bench, _gradients(bench, points, "all", []))
         cut = {p: reached(bench, _gradients(bench, points, "all", _routes(points, p)))[0] for p in _points(points)}
     except RouteError as error:
-        return _unmeasured("S7", belief, error)
+        return unmeasured("S7", belief, error)
     lost = {p: [n for n in true if n not in still] for p, still in cut.items()}
     wrong = [p for p in cut if not _as_expected(bench, p, true, lost[p])]
     return Claim(
@@ -83,7 +83,7 @@ def without_a_residual_connection_it_is_another_function(bench: Bench) -> Claim:
         whole = _loss(bench, points, [])
         losses = {p: _loss(bench, points, _routes(points, p, "remove")) for p in skips}
     except RouteError as error:
-        return _unmeasured("S6", belief, error)
+        return unmeasured("S6", belief, error)
     return Claim(
         key="S6",
         belief=belief,
@@ -149,7 +149,3 @@ def _as_expected(bench: Bench, point: str, true: Sequence[str], lost: Sequence[s
     inside = [n for n in layers if n.split(".")[1].split("[")[0] == branch.split("[")[0]]
     others = [n for n in layers if n not in inside and not n.split(".")[1].endswith("norm")]
     return set(lost) >= set(inside) and not set(lost) & {*others, "embed", "head", "final_norm"}
-
-
-def _unmeasured(key: str, belief: str, error: RouteError) -> Claim:
-    return Claim(key=key, belief=belief, verdict="NOT MEASURED HERE", measured=f"{error}.", holds=True)

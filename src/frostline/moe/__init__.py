@@ -5,7 +5,7 @@ from frostline.moe.capacity import capacity_of, kept
 from frostline.moe.history import SiteHistory, entropy, histories, histories_to_json
 from frostline.moe.pairs import PAIRS, Pair, known_pairs
 from frostline.moe.sites import Routed, Site, choice_of, find_sites, keep_choice, logits_of, watch_routers
-from frostline.moe.upcycle import Upcycled, upcycle, upcycled_to_json
+from frostline.moe.upcycle import Upcycled, mixture_of, upcycle, upcycled_to_json
 from frostline.moe.usage import (
     SiteUsage,
     Usage,
@@ -46,6 +46,7 @@ __all__ = [
     "load_of",
     "logits_of",
     "measure_usage",
+    "mixture_of",
     "read_esft",
     "scores_of",
     "shares",

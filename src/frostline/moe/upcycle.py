@@ -18,6 +18,7 @@ from torch import nn
 
 from frostline.anatomy import read_anatomy
 from frostline.errors import ModelError
+from frostline.grouped import use_own_experts
 from frostline.model import load_config, load_model, load_tokenizer
 from frostline.model_source import quiet_transformers
 from frostline.moe.fill import Init, Start, filled
@@ -121,6 +122,17 @@ def upcycle(
         )
         (temporary / "upcycle.json").write_text(json.dumps(upcycled_to_json(result), indent=1, ensure_ascii=False))
     return result
+
+
+def mixture_of(dense: nn.Module, *, experts: int, top_k: int, seed: int = 0) -> nn.Module:
+    """A mixture of experts in memory, in fp32, that computes what the dense model computes: experts are copies, their
+    weights sum to 1. Raises `ModelError` for an unknown pair and for parts without a partner."""
+    config: Any = dense.config
+    pair = find_pair(config.model_type, None)
+    made = target_config(config, pair, experts=experts, top_k=top_k, normalised=True, layers=None)
+    model = filled(dense, made, pair, Start(init="copy", noise=0.01, drop=0.5, router_std=0.02, seed=seed))
+    use_own_experts(model)
+    return model
 
 
 def upcycled_to_json(result: Upcycled) -> dict[str, Any]:
