@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,18 @@ def trainer(
     """A Trainer of `model`; `settings` are its arguments', `more` its own."""
     args = arguments(folder, **settings)
     return kind(model=model, args=args, train_dataset=rows(), callbacks=list(callbacks), **(more or {}))
+
+
+class Overflows(InOrder):
+    """Its first loss is infinite. With torch's gradient scaler for the CPU, where accelerate has none for fp16."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler, self.accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=1024.0), True
+
+    def compute_loss(self, *args: Any, **more: Any) -> Any:
+        loss = super().compute_loss(*args, **more)
+        return loss if self.n_losses > 1 else loss * math.inf
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

@@ -197,6 +197,16 @@ class Learning:
         """Add numbers, such as `loss=…`, to `metrics.jsonl` under the steps done so far."""
         self.folder.append(self.folder.metrics, {"step": self.steps, "stage": self.stage, **numbers})
 
+    def skip(self) -> None:
+        """Count a step for which the loop made no update, as with a gradient scaler whose numbers overflowed; the
+        gradients of parts of tensors are dropped, which no `model.zero_grad()` knows."""
+        self.steps += 1
+        self._forget_gradients({o.value for o in self.ownership.owned})
+        self._note_skip()
+
+    def _note_skip(self) -> None:
+        self.folder.append(self.folder.metrics, {"step": self.steps, "stage": self.stage, "skipped": True})
+
     def next_stage(self) -> None:
         """End the stage and enter the next; make a new optimizer from `parameter_groups` afterwards."""
         index = self._active.stage.index
@@ -302,26 +312,38 @@ class Learning:
             )
         if not self._stepped or id(optimizer) in self._stepped:  # several optimizers may share one step
             self._stepped = set()
-            self._recorder.gradients(self._active.stage, self.steps + 1, self.ownership)
+            if not _overflowed(optimizer):
+                self._recorder.gradients(self._active.stage, self.steps + 1, self.ownership)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._mine(optimizer):
             return
         if not self._stepped:
             self.steps += 1
+            if _overflowed(optimizer):
+                self._note_skip()
         self._stepped.add(id(optimizer))
         self.ownership.write_back()
-        held = _held(optimizer)
+        self._forget_gradients(_held(optimizer))  # the model's own zero_grad does not know these leaves
+        self._recorder.drifted(self._buffers.restore())
+
+    def _forget_gradients(self, held: set[nn.Parameter]) -> None:
+        """Those of leaves that are no parameters of the model."""
         for o in self.ownership.owned:
             if o.value is not o.parameter and o.value in held:
-                o.value.grad = None  # the model's own zero_grad does not know these leaves
-        self._recorder.drifted(self._buffers.restore())
+                o.value.grad = None
 
     def _still_the_frozen(self) -> None:
         """The loop's `model.train()` reaches frozen modules too: before every forward pass they are put back."""
         if self.model.training:
             for module in self._frozen:
                 module.eval()
+
+
+def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's gradient scaler has told a fused optimizer, which steps all the same, to change nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
 
 
 def _held(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:

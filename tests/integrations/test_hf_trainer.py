@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from trainers import RECOMPUTE, InOrder, arguments, rows, same, trainer, values
+from trainers import RECOMPUTE, InOrder, Overflows, arguments, rows, same, trainer, values
 from transformers import Trainer, TrainerCallback
 from typer.testing import CliRunner
 
@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"optim": "sgd", "learning_rate": 0.1},
     "adafactor": {"optim": "adafactor"},
     "recomputed": {RECOMPUTE: True, f"{RECOMPUTE}_kwargs": {"use_reentrant": False}},
+    "recomputed, reentrant": {RECOMPUTE: True, f"{RECOMPUTE}_kwargs": {"use_reentrant": True}},
     "warm-up, cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 2},
     "no clipping": {"max_grad_norm": 0.0},
 }
@@ -68,6 +69,62 @@ def test_with_dropout_left_on_so_are_models_that_have_it(tmp_path: Path) -> None
     under.train()
     trainer(plain, tmp_path / "plain").train()
     assert same(mine, plain)
+
+
+@pytest.mark.parametrize("learn", ["layers[1].ffn", "layers[2].norm", "layers[1].attn.heads[1]"])
+def test_recomputing_in_either_way_changes_nothing_where_backward_stops_early(tmp_path: Path, learn: str) -> None:
+    models = [tiny.model("llama") for _ in range(3)]
+    for i, settings in enumerate(({}, SETTINGS["recomputed"], SETTINGS["recomputed, reentrant"])):
+        under = trainer(models[i], tmp_path / f"out-{i}", **settings)
+        run = attach(under, learn, out=tmp_path / f"run-{i}")
+        under.train()
+        assert run.audit().passed
+    assert same(models[0], models[1])
+    assert same(models[0], models[2])
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+@pytest.mark.parametrize("learn", ["ffn", "attn.heads[1]"])
+def test_in_fp16_a_step_that_the_scaler_skips_counts_and_leaves_nothing_behind(
+    tmp_path: Path, learn: str, optim: str
+) -> None:
+    mine, plain = tiny.model("llama"), freeze_by_hand(tiny.model("llama"), ".mlp.")
+    under = trainer(mine, tmp_path / "mine", kind=Overflows, fp16=True, optim=optim)
+    run = attach(under, [(learn, 1), learn], out=tmp_path / "run")
+    under.train()
+    skipped = [row["step"] for row in run.folder.read_lines(run.folder.metrics) if row.get("skipped")]
+    assert skipped == [1]
+    assert all(0 < n < 10 for n in logged(tmp_path / "run", "gradient_norm"))
+    verdict = run.audit()
+    assert verdict.passed
+    assert {(r.stage, r.verdict) for r in verdict.rows if r.declared != "frozen"} == {
+        ("stage-1", "every step skipped"),
+        ("stage-2", "moved"),
+    }
+    if learn == "ffn":
+        trainer(plain, tmp_path / "plain", kind=Overflows, fp16=True, optim=optim).train()
+        assert same(mine, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # of torch's own, where it cuts
+@pytest.mark.parametrize("stages", ["ffn", [("attn.heads[1]", 3), "ffn"]])
+def test_compiled_training_is_that_of_the_compiled_bare_trainer_and_switches_too(tmp_path: Path, stages: Any) -> None:
+    dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.5, "embd_pdrop": 0.0}
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    models = [tiny.model("gpt2", **dropout) for _ in range(2)]
+    for i, settings in enumerate((compiled, {} if isinstance(stages, list) else compiled)):
+        torch._dynamo.reset()
+        under = trainer(models[i], tmp_path / f"out-{i}", **settings)
+        if i == 0 or isinstance(stages, list):
+            run = attach(under, stages, out=tmp_path / f"run-{i}", frozen_dropout=stages == "ffn")
+        else:
+            freeze_by_hand(models[i], ".mlp.")
+        under.train()
+        assert run.audit().passed
+    assert same(*models)
 
 
 PARTS = [

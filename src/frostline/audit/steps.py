@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -14,9 +15,10 @@ from frostline.run_folder import RunFolder, StageRecord
 
 
 def without_update(folder: RunFolder, stages: list[StageRecord]) -> dict[int, Verdict]:
-    """Stages (0-based) that made no update, with the reason; only of a run whose every step is in the log."""
+    """Stages (0-based) that made no update, with the reason; of a loop of the user's, as far as its log tells."""
     if not folder.has_recipe():
-        return {}
+        skips = Counter(r.get("stage") for r in folder.read_lines(folder.metrics) if r.get("skipped"))
+        return {s.index: "every step skipped" for s in stages if skips[s.name] == s.end - s.start}
     rows = _steps(folder)
     updated = {r["stage"] for r in rows if not r.get("skipped")}
     skipped = {r["stage"] for r in rows}

@@ -145,8 +145,9 @@ class TrainerRun:
         if checkpoint is None:
             if is_there:
                 state, step = (self.folder.read_status()[key] for key in ("state", "step"))
+                how = "killed or under way" if state == "running" else state
                 raise RunFolderError(
-                    f"{path} holds a run, {state} after step {step}: trainer.train(resume_from_checkpoint=…) goes on "
+                    f"{path} holds a run, {how} after step {step}: trainer.train(resume_from_checkpoint=…) goes on "
                     "with it; another run is attached with another `out`"
                 )
             return None
@@ -226,6 +227,7 @@ class TrainerRun:
         self._save_trainers(model, trial)
         folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
         if self._learning is not None and folder.is_dir():
+            self.folder.write_status("running", step=self._learning.steps)
             write_progress(folder, self._learning.progress())
 
     def before_step(self) -> None:
@@ -260,6 +262,8 @@ class TrainerRun:
     def after_step(self) -> None:
         """Raise `FrostlineError` when the Trainer counted a step that no optimizer over what learns has made."""
         run, step = self._running, self.trainer.state.global_step
+        if self.trainer.accelerator.optimizer_step_was_skipped:  # by a gradient scaler: fp16
+            run.skip()
         if run.steps != step:
             raise FrostlineError(f"the Trainer counts {step} steps, and its optimizer made {run.steps} of what learns")
 

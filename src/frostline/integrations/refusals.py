@@ -30,16 +30,10 @@ def refusals(trainer: Trainer, *, n_stages: int, has_parts: bool) -> Iterator[st
     args: Any = trainer.args
     yield from _model(trainer, has_parts=has_parts)
     yield from _devices(trainer)
-    if args.fp16:
-        yield "fp16=True: its gradient scaler skips steps and keeps what they had gathered; use bf16=True"
-    if args.torch_compile:
-        yield "torch_compile=True: the compiled model leaves out what keeps frozen modules frozen; leave it out"
     if args.auto_find_batch_size:
         yield "auto_find_batch_size=True: it starts the run over without saying so; name the batch size"
     if any(name in str(args.optim) for name in BY_HOOK):
         yield f"optim={str(args.optim)!r}: it updates the model by hooks of its own, and owns what learns by itself"
-    if (_recompute_settings(args) or {}).get("use_reentrant"):
-        yield "use_reentrant=True: below a frozen embedding it gives no gradient at all; use use_reentrant=False"
     if args.load_best_model_at_end and n_stages > 1:
         yield "load_best_model_at_end=True: it would put weights of another stage into what is frozen by then"
     if trainer.optimizer is not None and n_stages > 1:
@@ -54,8 +48,8 @@ def _model(trainer: Trainer, *, has_parts: bool) -> Iterator[str]:
         yield "model_init=…: every train() would make another model; pass the model itself"
     if type(model).__name__.startswith("Peft"):
         yield (
-            f"the model is a {type(model).__name__}: its adapters learn, by rules of their own; pass the model without "
-            "adapters (merge_and_unload() gives it), and name what learns"
+            f"the model is a {type(model).__name__}: its checkpoints hold the adapters alone, and the evidence is "
+            "of all that it has; pass the model without adapters (merge_and_unload() gives it), and name what learns"
         )
     elif not isinstance(model, PreTrainedModel) and not has_parts:
         yield f"the model is a {type(model).__name__}, none of transformers: name its parts with parts={{…}}"
@@ -66,7 +60,7 @@ def _devices(trainer: Trainer) -> Iterator[str]:
     assert isinstance(model, nn.Module)
     kind = trainer.accelerator.distributed_type.value
     if args.world_size > 1 or kind != "NO":
-        yield f"{max(args.world_size, 1)} processes ({kind}): {ONE_PROCESS}; use one, or `frostline train`"
+        yield f"{max(args.world_size, 1)} processes ({kind}): {ONE_PROCESS}; use one"
     elif args.n_gpu > 1:
         yield (
             f"{args.n_gpu} GPUs in one process (DataParallel): the copies of the model do not keep what is frozen in "
@@ -75,9 +69,3 @@ def _devices(trainer: Trainer) -> Iterator[str]:
     devices = {str(p.device) for p in model.parameters()}
     if len(devices) > 1:
         yield f"the model is spread over {', '.join(sorted(devices))}: put it on one device"
-
-
-def _recompute_settings(args: Any) -> dict[str, Any] | None:
-    """What was said of gradient checkpointing; transformers 5.2x calls it activation checkpointing."""
-    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    return next((v for n in names if (v := getattr(args, n, None))), None)
