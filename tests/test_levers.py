@@ -11,8 +11,8 @@ import torch
 
 from frostline import levers, train
 from frostline.engine import Chose
-from frostline.errors import ModelError
-from frostline.levers import cache_folder, determinism, recompute_for
+from frostline.errors import ModelError, RecipeError
+from frostline.levers import cache_folder, determinism, kept_share, recompute_for
 from frostline.prepared import plan_of, prepare
 from frostline.resume import resume
 
@@ -32,6 +32,22 @@ def test_blocks_are_computed_again_only_when_the_run_would_not_fit(
     assert chosen.value == "blocks"
     assert "MiB" in chosen.why
     assert recompute_for(tiny.recipe(tmp_path, recompute="off"), plan, CPU).value == "off"
+
+
+def test_compiled_blocks_in_fp32_on_a_cpu_compute_again_what_is_cheap(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, compile="blocks")
+    plan = plan_of(prepare(recipe))
+    assert recompute_for(recipe, plan, CPU).value == "0.8"
+    assert recompute_for(recipe, None, torch.device("meta")).value == "off"  # as on a GPU, where it was not measured
+    assert recompute_for(tiny.recipe(tmp_path, compile="blocks", precision="bf16-mixed"), plan, CPU).value == "off"
+    assert recompute_for(tiny.recipe(tmp_path, compile="blocks", recompute=0.5), plan, CPU).value == "0.5"
+    assert [kept_share(value) for value in ("off", "blocks", "0.5")] == [1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(("share", "others"), [(0.5, {}), (1.5, {"compile": "blocks"}), (0.0, {"compile": "blocks"})])
+def test_a_share_that_means_nothing_is_refused(tmp_path: Path, share: float, others: dict[str, str]) -> None:
+    with pytest.raises(RecipeError, match="recompute"):
+        tiny.recipe(tmp_path, recompute=share, **others)
 
 
 def test_a_run_that_would_not_fit_computes_blocks_again_and_its_plan_says_so(

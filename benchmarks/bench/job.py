@@ -169,7 +169,7 @@ def resident_bytes(field_name: str = "VmRSS") -> int:
 
 def main(run: Callable[[Job], Result]) -> None:
     """`python systems/NAME.py JOB.json RESULT.json`."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     import torch
 

@@ -124,7 +124,7 @@ def measure(name: str, job: Job, *, python: str) -> dict[str, Any]:
     asked, answer = folder / f"job-{os.getpid()}.json", folder / f"result-{os.getpid()}.json"
     asked.write_text(json.dumps(asdict(job)))
     answer.unlink(missing_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "GOMP_SPINCOUNT": "2000", "HF_HUB_OFFLINE": "1"}
     busy, own, started = busy_seconds(), own_seconds(), time.monotonic()
     script = HERE / "systems" / f"{SYSTEMS[name].script}.py"
     done = subprocess.run(

@@ -29,6 +29,8 @@ from frostline.run_folder import RunFolder
 from frostline.schedule import Schedule, Stage
 from frostline.units import format_bytes
 
+KEPT = 0.8
+"""The share of what compiled blocks would keep for their backward pass that they do keep, where that costs no time."""
 FULL = 0.9
 """The share of a device's memory from which on a run is not begun without computing blocks again."""
 PATHS = ("train", "held_out", "chat_template")
@@ -45,13 +47,22 @@ def recompute_for(recipe: Recipe, plan: Plan | None, device: torch.device) -> Ch
         return Chose(setting="recompute", value=value, why=why)
 
     if recipe.recompute != "auto":
-        return chose(recipe.recompute, "asked for")
+        return chose(str(recipe.recompute), "asked for")
+    cheap = recipe.compile == "blocks" and recipe.precision == "fp32" and device.type == "cpu"
+    small = str(KEPT) if cheap else "off"
     memory = memory_of(device)
     if plan is None or memory is None:
-        return chose("off", "what the run needs, or what there is, is not known")
+        return chose(small, "what the run needs, or what there is, is not known")
     worst = max(s.cost.peak_bytes if device.type == "cuda" else s.cost.resident_bytes for s in plan.stages)
     numbers = f"a step needs about {format_bytes(worst)}, there are {format_bytes(memory)}"
-    return chose("blocks" if worst > FULL * memory else "off", numbers)
+    if worst > FULL * memory:
+        return chose("blocks", numbers)
+    return chose(small, "what is cheap for compiled blocks is computed again" if cheap else numbers)
+
+
+def kept_share(chosen: str) -> float:
+    """What compiled blocks keep of what they would keep, for a value of `recompute`: 1.0 where that is no share."""
+    return 1.0 if chosen in ("off", "blocks") else float(chosen)
 
 
 def freed_memory_for(recipe: Recipe, device: torch.device) -> Chose:

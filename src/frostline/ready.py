@@ -20,7 +20,7 @@ from frostline.engine.recompute import recompute_blocks
 from frostline.errors import CompileError, FrostlineError, ModelError, RecipeError, in_one_line
 from frostline.feed import fit_attention
 from frostline.grouped import odd_width, own_modules
-from frostline.levers import freed_memory_for, recompute_for
+from frostline.levers import freed_memory_for, kept_share, recompute_for
 from frostline.measuring import choose
 from frostline.model import load_model, untie
 from frostline.plan import Plan, points_for
@@ -79,11 +79,13 @@ def make_ready(
         recompute_blocks([block for _, block in find_blocks(model)])
         if recipe.recompute == "auto":
             plan = plan_of(prepared, recompute=True, trust_remote_code=trust_remote_code)
-    compiled = compile_blocks(model, prepared, device) if recipe.compile == "blocks" else None
+    compiled = (
+        compile_blocks(model, prepared, device, kept=kept_share(chosen.value)) if recipe.compile == "blocks" else None
+    )
     freed = freed_memory_for(recipe, device)
     found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why), freed)
     settled = (
-        *(c for c in found if getattr(recipe, c.setting) != c.value),
+        *(c for c in found if str(getattr(recipe, c.setting)) != c.value),
         *experts_for(recipe, model),
         *expert_gradients_for(recipe, model, prepared.schedule),
         *(Chose(setting="plan", value="none", why=why) for why in unplanned),
@@ -196,8 +198,11 @@ def _experts_of(components: Iterable[Component]) -> dict[str, set[str]]:
     return found
 
 
-def compile_blocks(model: nn.Module, prepared: Prepared, device: torch.device) -> Compiled:
-    """The model's blocks, to be compiled when a stage needs them. Raises `CompileError` for those that cannot be."""
+def compile_blocks(model: nn.Module, prepared: Prepared, device: torch.device, *, kept: float) -> Compiled:
+    """The model's blocks, to be compiled when a stage needs them; `kept`: see `Compiled`.
+
+    Raises `CompileError` for those that cannot be.
+    """
     if prepared.feed.layout != "stream":
         raise RecipeError(
             f"compile: rows of layout {prepared.feed.layout} differ in shape from step to step, and every shape is "
@@ -215,4 +220,4 @@ def compile_blocks(model: nn.Module, prepared: Prepared, device: torch.device) -
         next_token_loss(model, prepared.feed.train.batch([0]).to(device))
 
     check_compiles(blocks, call, device=device.type)
-    return Compiled(blocks, n_stages=len(prepared.schedule.stages))
+    return Compiled(blocks, n_stages=len(prepared.schedule.stages), kept=kept)

@@ -47,8 +47,8 @@ def run(folder: Path, architecture: str = "llama", *, observers: Any = (), **ove
         return frostline.train(recipe, out=folder / "run", observers=observers)
 
 
-def losses(result: RunResult) -> list[float]:
-    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [r["loss"] for r in rows if "loss" in r]
 
 
@@ -57,7 +57,7 @@ def held_against_eager(tmp_path: Path, architecture: str, within: float = 1e-5, 
     events: list[Any] = []
     plain = run(tmp_path / "plain", architecture, **overrides)
     compiled = run(tmp_path / "compiled", architecture, compile="blocks", observers=[events.append], **overrides)
-    assert losses(compiled) == pytest.approx(losses(plain), rel=within)
+    assert losses(compiled.folder) == pytest.approx(losses(plain.folder), rel=within)
     assert compiled.audit.passed
     for a, b in zip(compiled.audit.rows, plain.audit.rows, strict=True):
         assert (a.component, a.stage, a.verdict, a.declared) == (b.component, b.stage, b.verdict, b.declared)
@@ -156,8 +156,8 @@ def test_more_than_eight_patterns_stay_compiled(tmp_path: Path) -> None:
 def test_too_many_graphs_are_an_error_and_not_silence(tmp_path: Path) -> None:
     original = module.Compiled.__init__
 
-    def few(self: Any, blocks: Any, *, n_stages: int) -> None:
-        original(self, blocks, n_stages=n_stages)
+    def few(self: Any, blocks: Any, **settings: Any) -> None:
+        original(self, blocks, **settings)
         self.limit = 1
 
     with (
@@ -276,3 +276,31 @@ def test_a_compiled_runs_plan_is_checked_by_its_flops(tmp_path: Path) -> None:
         result = frostline.train(recipe, out=tmp_path / "run")
     assert [(c.flops_agree, c.measured_peak_bytes, c.peak_ratio) for c in result.checks] == [(True, None, None)] * 2
     assert all(c.measured_flops > 0 for c in result.checks)
+
+
+def test_a_share_of_what_blocks_keep_is_what_they_keep_and_changes_no_gradient() -> None:
+    kept: dict[float, int] = {}
+    gradients: dict[float, list[torch.Tensor | None]] = {}
+    for share in (1.0, 0.3):
+        model = load_model(ScratchModel(**tiny.config("llama")), seed=0)
+        with backend("aot_eager_decomp_partition"):
+            made = module.Compiled(list(model.model.layers), n_stages=1, kept=share)
+            saved: list[int] = []
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                lambda t, into=saved: into.append(t.untyped_storage().nbytes()) or t, lambda t: t
+            )
+            with made.running(), hooks:
+                model(input_ids=torch.arange(32)[None], labels=torch.arange(32)[None]).loss.backward()
+        kept[share] = sum(saved)
+        gradients[share] = [p.grad for p in model.parameters()]
+    assert kept[0.3] < 0.8 * kept[1.0]  # weights, inputs and what is outside of blocks are kept in any case
+    for a, b in zip(gradients[1.0], gradients[0.3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_run_that_keeps_a_share_trains_as_one_that_keeps_all(tmp_path: Path) -> None:
+    held_against_eager(tmp_path, "llama", stages=STAGES[:2])
+    assert any("recompute: 0.8" in line for line in settings(tmp_path / "compiled"))
+    asked = run(tmp_path / "asked", compile="blocks", stages=STAGES[:2], recompute=0.6)
+    assert asked.audit.passed
+    assert losses(asked.folder) == pytest.approx(losses(tmp_path / "compiled/run"), rel=1e-5)

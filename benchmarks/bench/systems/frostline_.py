@@ -1,5 +1,6 @@
 """Frostline: its loop with evidence, fused loss and prefix cache as they are by default. Settings: `loss`, `cache`
-(auto, on, off), `cache_dir`, `plan` (false: no plan beforehand), `compile` (true: compiled blocks)."""
+(auto, on, off), `cache_dir`, `plan` (false: no plan beforehand), `compile` (true: compiled blocks), `recompute`
+(what these keep of what they would keep; when left out, what `recompute: auto` says)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from frostline.engine import LoopSettings, PrefixCache, PrefixSettings, StepDone
 from frostline.engine.compiled import Compiled
 from frostline.engine.documents import use_document_attention
 from frostline.engine.freed_memory import kept
+from frostline.levers import KEPT
 from frostline.model import load_model
 from frostline.plan import Batching, make_plan, why_not_worth
 from frostline.recipe import OptimizerSpec, StageSpec
@@ -34,6 +36,12 @@ EXPRESSIONS = {"experts": "experts | router"}
 def expression(learn: str) -> str:
     """A job's name as a selection."""
     return f"layers[-{learn[5:]}:]" if learn.startswith("last-") else EXPRESSIONS.get(learn, learn)
+
+
+def kept_of(job: Job) -> float:
+    """What compiled blocks keep: as `recompute: auto` has it, or as the settings say."""
+    auto = KEPT if job.dtype == "fp32" and job.device == "cpu" else 1.0
+    return float(job.settings.get("recompute", auto))
 
 
 def fixed(rows: Any, indices: list[int]) -> Batch:
@@ -87,7 +95,7 @@ def run(job: Job) -> Result:
         )
         plan = make_plan(job.model, schedule, batching)
     blocks = [block for _, block in find_blocks(model)]
-    compiled = Compiled(blocks, n_stages=1) if job.settings.get("compile") else None
+    compiled = Compiled(blocks, n_stages=1, kept=kept_of(job)) if job.settings.get("compile") else None
     running = compiled.running() if compiled else nullcontext()
     with tempfile.TemporaryDirectory() as folder, running, kept(job.settings.get("keep_freed", True)):
         cache = PrefixCache(

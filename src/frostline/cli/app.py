@@ -69,8 +69,9 @@ def _every_command(
 
 def main() -> None:
     """The `frostline` command."""
-    # waiting threads sleep: 1 % slower on an idle machine, a third faster on a shared one (must be set before torch)
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # threads that wait sleep after a moment: as fast on an idle machine, a third faster on a shared one, where waiting
+    # awake keeps others from computing (must be set before torch)
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show ✓ must not end a passing run

@@ -16,20 +16,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo import config as dynamo
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
 
 from frostline.engine.owned import Ownership
+from frostline.engine.product_attention import with_product_attention
 from frostline.engine.recompute import is_recomputed, recomputed
 from frostline.engine.step import Countable, LossFunction, step
 from frostline.errors import CompileError
 
-Options = dict[str, str | int | bool | Callable[..., Any]] | None
 BACKEND = "inductor"
 """Of `torch.compile`; tests put a faster one here that runs the same graphs without making code of them."""
 
@@ -51,16 +53,16 @@ class Proof:
 class Compiled:
     """The blocks of a model, compiled; made once, after the points of routes and `recompute_blocks`."""
 
-    def __init__(self, blocks: Sequence[nn.Module], *, n_stages: int) -> None:
-        """Nothing is compiled yet: that happens when a block is first called."""
-        options: Options = (
-            {"fallback_random": True} if BACKEND == "inductor" else None
-        )  # dropout draws the numbers eager draws
+    def __init__(self, blocks: Sequence[nn.Module], *, n_stages: int, kept: float = 1.0) -> None:
+        """Nothing is compiled yet: that happens when a block is first called.
+
+        `kept`: of what blocks would keep for their backward pass, the share they keep; what is cheapest to compute
+        again is what they do not. 1: torch's own choice.
+        """
+        self.kept = kept
         self._forwards = {block: block.forward for block in blocks if not is_recomputed(block)}
         for block in blocks:
-            block.forward = torch.compile(
-                block.forward, backend=BACKEND, fullgraph=True, dynamic=False, options=options
-            )
+            block.forward = torch.compile(block.forward, backend=_backend, fullgraph=True, dynamic=False)
         self.limit = 64 + 8 * len(blocks) * n_stages
         """Graphs at most; torch's own limit is 8, and from there on it goes on uncompiled after a line in the log."""
         self._silent: list[nn.Parameter] = []
@@ -71,6 +73,7 @@ class Compiled:
         torch._dynamo.reset()
         with (
             _torch_at_ease(),
+            functorch.patch(activation_memory_budget=self.kept),
             dynamo.patch(
                 recompile_limit=self.limit, accumulated_recompile_limit=self.limit, fail_on_recompile_limit_hit=True
             ),
@@ -142,11 +145,22 @@ class Compiled:
                 leaf.grad = None
 
 
+def _backend(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    """Code for the graph of a block; where dropout draws, it draws the numbers that the block itself would."""
+    graph = with_product_attention(graph)
+    if BACKEND != "inductor":
+        return lookup_backend(BACKEND)(graph, inputs)
+    from torch._inductor.compile_fx import compile_fx
+
+    return cast(Callable[..., Any], compile_fx(graph, inputs, config_patches={"fallback_random": True}))
+
+
 @contextmanager
 def _torch_at_ease() -> Iterator[None]:
-    """Inside, torch does not warn of how it traces: it looks for a `.grad` where there can be none, and into caches."""
+    """Inside, torch does not warn of itself: of a `.grad` it looks for, of caches it looks into, of what it imports."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         yield
 

@@ -157,9 +157,11 @@ class Recipe(Record):
     compile: Literal["off", "blocks"] = "off"
     """`blocks`: blocks are compiled by `torch.compile`, once for all that are alike. At the start of every stage one
     micro-batch is also computed uncompiled, and both must give the same gradients; held-out losses stay uncompiled."""
-    recompute: Literal["auto", "off", "blocks"] = "auto"
-    """`blocks`: a block keeps only its input and is computed again for its backward pass (gradient checkpointing).
-    `auto`: off, unless the plan says that the run would not fit into memory."""
+    recompute: Literal["auto", "off", "blocks"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
+    """`blocks`: a block keeps only its input and is computed again for its backward pass (gradient checkpointing). A
+    share, such as 0.8, with `compile: blocks`: compiled blocks keep at most so much of what they would keep for their
+    backward pass, and the cheapest of the rest is computed again. `auto`: blocks where the plan says that the run would
+    not fit into memory; 0.8 for compiled blocks in fp32 on a CPU, where it costs nothing; else off."""
     deterministic: bool = False
     """Only operations that give the same bits every time; on CUDA that costs time. An operation without such a way is
     an error."""
@@ -194,6 +196,15 @@ class Recipe(Record):
             raise ValueError("stages and schedule are both given: a named schedule is its stages; drop one of the two")
         if not self.stages and not self.schedule:
             raise ValueError(NO_STAGES)
+        return self
+
+    @model_validator(mode="after")
+    def _shares_are_for_compiled_blocks(self) -> Recipe:
+        if isinstance(self.recompute, float) and self.compile == "off":
+            raise ValueError(
+                f"recompute: {self.recompute} is for compiled blocks: "
+                "add `compile: blocks`, or write `recompute: blocks`"
+            )
         return self
 
     @model_validator(mode="after")
