@@ -123,9 +123,36 @@ def test_every_command_is_described_and_every_link_leads_somewhere() -> None:
             assert (page.parent / target).exists(), (page.name, target)
 
 
+def test_the_story_of_freezing_has_the_numbers_of_the_readmes_table() -> None:
+    page = (ROOT / "docs" / "how-parameters-update.md").read_text(encoding="utf-8")
+    found = re.search(r"has norm (\S+) to (\S+) over", README)
+    cosines = re.search(
+        r"cosine to the true gradient ([\d., ]+), (\d\.\d+) for the FFNs.*?and (\S+) at the embedding", README
+    )
+    moved = re.search(r"AdamW moved (\d+) of (\d+) attention parameters", README)
+    bytes_ = re.search(r"0 of (\d+) attention bytes", README)
+    assert found
+    assert cosines
+    assert moved
+    assert bytes_
+    told = " ".join(page.split())
+    assert f"between {found[1]} and {found[2]}" in told
+    assert f"is {cosines[1]} and {cosines[2]} for the FFNs" in told
+    assert f"**{cosines[3]}** at the embedding" in told
+    assert f"{int(moved[1]):,} of {int(moved[2]):,}" in told
+    assert f"0 of {int(bytes_[1]):,} attention bytes" in told
+
+
+def test_the_readmes_table_of_claims_names_every_claim() -> None:
+    from frostline.experiment.claims import CLAIMS
+
+    table = README[README.index("| | what is said") :].split("\n\n")[0]
+    assert table.count("\n") == len(CLAIMS) + 1
+
+
 def test_the_run_folders_tree_in_the_readme_is_what_a_run_writes(workplace: Path) -> None:
     names = re.findall(r"^  ? ?([\w.-]+\.(?:jsonl|json|yaml|safetensors))\b", README, re.M)
     assert len(names) >= 8
     written = {p.name for p in (workplace / "base").rglob("*")}
-    optional = {"claims.json", "samples.json", "expansion.json"}
+    optional = {"claims.json", "samples.json", "expansion.json", "load.jsonl", "likeness.jsonl"}
     assert set(names) - optional <= written

@@ -230,7 +230,8 @@ def claims_to_json(claims: Claims) -> dict[str, Any]:
 def claims_markdown(claims: Claims) -> str:
     """The claims as a Markdown table."""
     lines = ["| | what is said | verdict | measured |", "|---|---|---|---|"]
-    lines += [f"| {c.key} | {c.belief} | **{c.verdict}** | {c.measured} |" for c in claims.claims]
+    cells = ([c.key, c.belief, f"**{c.verdict}**", c.measured] for c in claims.claims)
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     return "\n".join(lines)
 
 

@@ -72,8 +72,8 @@ class _Trained:
 
     def __str__(self) -> str:
         return (
-            f"{self.frozen} bytes outside experts and routers changed, {self.moved} of {self.used} experts that got "
-            f"tokens and {self.routers_moved} of {self.routers} routers moved"
+            f"{self.frozen} bytes of all else changed; {self.moved} of {self.used} experts with tokens and "
+            f"{self.routers_moved} of {self.routers} routers moved"
         )
 
 
@@ -92,8 +92,8 @@ def experts_and_router_learn_alone(bench: Bench) -> Claim:
         key="S10",
         belief=belief,
         verdict="TRUE",
-        measured=f"After {N_STEPS} AdamW steps with a balancing loss: "
-        + "; ".join(f"{name}: {trained}" for name, trained in found.items())
+        measured=f"After {N_STEPS} AdamW steps with a balancing loss, "
+        + ", and ".join(f"{name}: {trained}" for name, trained in found.items())
         + ".",
         holds=all(trained.as_expected for trained in found.values()),
         numbers={f"{key} {name}": n for name, trained in found.items() for key, n in asdict(trained).items()},
