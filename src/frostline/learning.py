@@ -9,7 +9,7 @@ Afterwards `frostline audit` reads the run folder. Read `learning` first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from frostline.anatomy import Anatomy, anatomy_of_parts, read_anatomy
 from frostline.audit import Audit, audit
 from frostline.engine.buffers import FrozenBuffers
 from frostline.engine.owned import Ownership
+from frostline.engine.recompute import left_out, recomputed
 from frostline.engine.record import Recorder, cut_pieces
 from frostline.engine.stage_switch import Active, flags_of, frozen_modules, reshard, set_flags, switch
 from frostline.environment import describe_environment, hash_file
@@ -119,6 +120,7 @@ class Learning:
         self._buffers = FrozenBuffers(model, derived)
         self._stepped: set[int] = set()
         self._retired: set[nn.Parameter] = set()
+        self._recomputed = ExitStack()
         self._handles = [
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)),
@@ -251,6 +253,8 @@ class Learning:
         active = switch(self._parameters, self.anatomy, stage, memory={}, leaving=leaving)
         reshard(self.model)
         self._frozen = frozen_modules(self.model, stage) if stage.spec.frozen_dropout == "off" else []
+        self._recomputed.close()
+        self._recomputed.enter_context(recomputed({b: b.forward for b in left_out(self._frozen)}))
         if not again:
             self._recorder.entry(stage)
         return active
@@ -272,6 +276,7 @@ class Learning:
     def _close(self, state: State, message: str) -> None:
         """Write what is left to write, whatever happened."""
         self.ownership.release()
+        self._recomputed.close()
         for handle in self._handles:
             handle.remove()
         nothing = self.steps == self._start

@@ -83,6 +83,19 @@ def test_recomputing_in_either_way_changes_nothing_where_backward_stops_early(tm
     assert same(models[0], models[2])
 
 
+@pytest.mark.parametrize("frozen_dropout", [True, False])
+def test_frozen_blocks_are_recomputed_as_learning_ones_are(tmp_path: Path, frozen_dropout: bool) -> None:
+    model = tiny.model("llama")
+    calls = [0, 0]
+    for i, layer in enumerate((0, 2)):
+        module = model.get_submodule(f"model.layers.{layer}.mlp.up_proj")
+        module.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    under = trainer(model, tmp_path / "out", max_steps=2, **SETTINGS["recomputed"])
+    attach(under, [("layers[0].ffn", 1), "layers[0].attn"], out=tmp_path / "run", frozen_dropout=frozen_dropout)
+    under.train()
+    assert calls == [4, 4]
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
 @pytest.mark.parametrize("learn", ["ffn", "attn.heads[1]"])
 def test_in_fp16_a_step_that_the_scaler_skips_counts_and_leaves_nothing_behind(

@@ -24,10 +24,6 @@ class Kind(Enum):
     FSDP = "FSDP"
 
 
-class PeftModelForCausalLM(nn.Linear):
-    """Named as peft's wrapper is."""
-
-
 def spread(t: Trainer) -> None:
     t.model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")])
 
@@ -35,11 +31,11 @@ def spread(t: Trainer) -> None:
 WRONG: dict[str, Callable[[Trainer], Any]] = {
     "auto_find_batch_size=True": lambda t: setattr(t.args, "auto_find_batch_size", True),
     "optim='galore_adamw'": lambda t: setattr(t.args, "optim", "galore_adamw"),
+    "neftune_noise_alpha": lambda t: setattr(t.args, "neftune_noise_alpha", 5.0),
     "model_init": lambda t: setattr(t, "model_init", lambda: None),
     "1 processes (FSDP)": lambda t: setattr(t, "accelerator", SimpleNamespace(distributed_type=Kind.FSDP)),
     "3 GPUs in one process": lambda t: setattr(t.args, "_n_gpu", 3),
     "spread over cpu, meta": spread,
-    "is a PeftModelForCausalLM": lambda t: setattr(t, "model", PeftModelForCausalLM(2, 2)),
     "is a Linear, none of transformers": lambda t: setattr(t, "model", nn.Linear(2, 2)),
     "optimizers=(None, scheduler)": lambda t: setattr(t, "lr_scheduler", object()),
 }
@@ -48,7 +44,7 @@ WRONG: dict[str, Callable[[Trainer], Any]] = {
 @pytest.mark.parametrize("said", WRONG)
 def test_it_is_refused_at_once_with_the_reason_and_what_to_do(tmp_path: Path, said: str) -> None:
     under = trainer(tiny.model("llama"), tmp_path / "out")
-    assert not [*refusals(under, n_stages=1, has_parts=False)]
+    assert not [*refusals(under, n_stages=1, has_parts=False, frozen_dropout=False)]
     WRONG[said](under)
     with pytest.raises(FrostlineError) as error:
         attach(under, "ffn", out=tmp_path / "run")

@@ -7,7 +7,7 @@ whatever is frozen, and leaves out blocks in evaluation mode; here neither happe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 _thread = threading.local()
 
@@ -41,6 +42,12 @@ def recomputed(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[Non
     finally:
         for block, forward in before.items():
             block.forward = forward
+
+
+def left_out(frozen: Iterable[nn.Module]) -> list[nn.Module]:
+    """Blocks that transformers' own switch is on for, and that it leaves out because they are in evaluation mode."""
+    layers = (b for module in frozen for b in module.modules() if isinstance(b, GradientCheckpointingLayer))
+    return [b for b in layers if b.gradient_checkpointing and not is_recomputed(b)]
 
 
 def is_recomputed(block: nn.Module) -> bool:

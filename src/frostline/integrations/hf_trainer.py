@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from frostline.anatomy import anatomy_of_parts, read_anatomy
 from frostline.audit import Audit, audit
@@ -59,10 +59,12 @@ def attach(
             f"{type(trainer).__name__}"
         )
     stages = _stages(learn)
-    check(trainer, n_stages=len(stages), has_parts=parts is not None)
+    check(trainer, n_stages=len(stages), has_parts=parts is not None, frozen_dropout=frozen_dropout)
     anatomy = read_anatomy(trainer.model) if parts is None else anatomy_of_parts(trainer.model, parts)
     selections = [select(anatomy, e, ties="together" if ties else "error") for e, _ in stages]
     check_given(trainer, selections[0])
+    if save and not isinstance(trainer.model, PreTrainedModel):
+        raise FrostlineError(f"save=True keeps a model of transformers, and this is a {type(trainer.model).__name__}")
     if name_of(RunFolder(out)) is None:
         RunFolder.at_free(out)
     settings = {"parts": parts, "ties": ties, "frozen_dropout": frozen_dropout, "gradients_every": gradients_every}
@@ -113,6 +115,9 @@ class TrainerRun:
         self._make = self._replaced.put("create_optimizer", self._create_optimizer)
         self._save_trainers = self._replaced.put("_save_checkpoint", self._save_checkpoint)
 
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.selections))
+
     def audit(self) -> Audit:
         """The verdict on the run folder; after `trainer.train()` has returned."""
         return audit(self.folder.path)
@@ -125,7 +130,8 @@ class TrainerRun:
     def _carry_out(self, *args: Any, resume_from_checkpoint: Any = None, **more: Any) -> Any:
         """The Trainer's whole training, inside `learning`: begun when it makes its optimizer, ended when it is done."""
         trainer = self.trainer
-        check(trainer, n_stages=len(self._steps), has_parts=self._settings["parts"] is not None)
+        has_parts, frozen_dropout = self._settings["parts"] is not None, self._settings["frozen_dropout"]
+        check(trainer, n_stages=len(self._steps), has_parts=has_parts, frozen_dropout=frozen_dropout)
         self._since = self._found(resume_from_checkpoint)
         given = trainer.optimizer, trainer.lr_scheduler
         try:

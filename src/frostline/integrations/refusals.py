@@ -18,14 +18,14 @@ BY_HOOK = ("galore", "lomo", "apollo")
 """What the names of optimizers begin with or hold that update weights by hooks of their own."""
 
 
-def check(trainer: Trainer, *, n_stages: int, has_parts: bool) -> None:
+def check(trainer: Trainer, *, n_stages: int, has_parts: bool, frozen_dropout: bool) -> None:
     """Raise `FrostlineError` with every reason why this Trainer cannot be attached to."""
-    found = [*refusals(trainer, n_stages=n_stages, has_parts=has_parts)]
+    found = [*refusals(trainer, n_stages=n_stages, has_parts=has_parts, frozen_dropout=frozen_dropout)]
     if found:
         raise FrostlineError("this Trainer cannot be attached to:\n  " + "\n  ".join(found))
 
 
-def refusals(trainer: Trainer, *, n_stages: int, has_parts: bool) -> Iterator[str]:
+def refusals(trainer: Trainer, *, n_stages: int, has_parts: bool, frozen_dropout: bool) -> Iterator[str]:
     """Every reason, each with what to do."""
     args: Any = trainer.args
     yield from _model(trainer, has_parts=has_parts)
@@ -34,6 +34,11 @@ def refusals(trainer: Trainer, *, n_stages: int, has_parts: bool) -> Iterator[st
         yield "auto_find_batch_size=True: it starts the run over without saying so; name the batch size"
     if any(name in str(args.optim) for name in BY_HOOK):
         yield f"optim={str(args.optim)!r}: it updates the model by hooks of its own, and owns what learns by itself"
+    if args.neftune_noise_alpha is not None and not frozen_dropout:
+        yield (
+            "neftune_noise_alpha: where nothing of the embedding learns its noise would be off, as dropout is; attach "
+            "with frozen_dropout=True"
+        )
     if args.load_best_model_at_end and n_stages > 1:
         yield "load_best_model_at_end=True: it would put weights of another stage into what is frozen by then"
     if trainer.optimizer is not None and n_stages > 1:
@@ -46,12 +51,8 @@ def _model(trainer: Trainer, *, has_parts: bool) -> Iterator[str]:
     model = trainer.model
     if trainer.model_init is not None:
         yield "model_init=…: every train() would make another model; pass the model itself"
-    if type(model).__name__.startswith("Peft"):
-        yield (
-            f"the model is a {type(model).__name__}: its checkpoints hold the adapters alone, and the evidence is "
-            "of all that it has; pass the model without adapters (merge_and_unload() gives it), and name what learns"
-        )
-    elif not isinstance(model, PreTrainedModel) and not has_parts:
+    known = isinstance(model, PreTrainedModel) or type(model).__name__.startswith("Peft")
+    if not known and not has_parts:
         yield f"the model is a {type(model).__name__}, none of transformers: name its parts with parts={{…}}"
 
 
