@@ -97,13 +97,13 @@ def test_frozen_blocks_are_recomputed_as_learning_ones_are(tmp_path: Path, froze
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
-@pytest.mark.parametrize("learn", ["ffn", "attn.heads[1]"])
+@pytest.mark.parametrize(("learn", "steps"), [("ffn", 1), ("attn.heads[1]", 1), ("attn.heads[1]", 2)])
 def test_in_fp16_a_step_that_the_scaler_skips_counts_and_leaves_nothing_behind(
-    tmp_path: Path, learn: str, optim: str
+    tmp_path: Path, learn: str, steps: int, optim: str
 ) -> None:
     mine, plain = tiny.model("llama"), freeze_by_hand(tiny.model("llama"), ".mlp.")
     under = trainer(mine, tmp_path / "mine", kind=Overflows, fp16=True, optim=optim)
-    run = attach(under, [(learn, 1), learn], out=tmp_path / "run")
+    run = attach(under, [(learn, steps), learn], out=tmp_path / "run")
     under.train()
     skipped = [row["step"] for row in run.folder.read_lines(run.folder.metrics) if row.get("skipped")]
     assert skipped == [1]
@@ -111,7 +111,7 @@ def test_in_fp16_a_step_that_the_scaler_skips_counts_and_leaves_nothing_behind(
     verdict = run.audit()
     assert verdict.passed
     assert {(r.stage, r.verdict) for r in verdict.rows if r.declared != "frozen"} == {
-        ("stage-1", "every step skipped"),
+        ("stage-1", "every step skipped" if steps == 1 else "moved"),
         ("stage-2", "moved"),
     }
     if learn == "ffn":
@@ -393,6 +393,14 @@ def test_a_frozen_parameter_that_somebody_gives_to_the_optimizer_stops_the_train
     assert torch.equal(model.get_parameter(ATTENTION), before[ATTENTION])
     assert RunFolder(tmp_path / "run").read_status()["state"] == "failed"
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_step_that_is_not_the_trainers_stops_the_training(tmp_path: Path) -> None:
+    callbacks = [At(2, lambda _, optimizer, __: optimizer.step())]
+    under = trainer(tiny.model("llama"), tmp_path / "out", callbacks=callbacks)
+    attach(under, "ffn", out=tmp_path / "run")
+    with pytest.raises(FrostlineError, match="the Trainer counts 3 steps, and its optimizer made 4 of what learns"):
+        under.train()
 
 
 def test_training_that_stops_early_ends_its_stage_and_misses_those_after_it(tmp_path: Path) -> None:
