@@ -57,6 +57,7 @@ ROWS: dict[str, float] = {
     "weights": 2.5,
     "model": 2.5,
     "tokenizer_files": 2.6,
+    "named_model": 2.6,
     "run_folder": 2.5,
     "checkpoints": 2.8,
     "environment": 2.5,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from frostline.errors import FrostlineError, RecipeError, SelectionError
 from frostline.feed import batches_of, held_out_batches
 from frostline.randomness import derive_seed
 from frostline.ready import Ready, make_ready
-from frostline.recipe import Recipe
+from frostline.recipe import Recipe, as_recipe
 from frostline.schedule import Schedule, Stage
 from frostline.selection import Selection, select
 
@@ -83,7 +84,7 @@ class RangeTest:
 
 
 def range_test(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     stage: str = "0",
     parts: Sequence[str] = (),
@@ -94,7 +95,7 @@ def range_test(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> RangeTest:
-    """Test the parts of one stage, from the weights that the run starts with.
+    """Test which learning rates the parts of one stage tolerate, from the weights that the run starts with.
 
     `stage`: its name, or its number from 0. `parts`: expressions; by default the stage's selection as a whole and each
     kind of part in it. `n_batches`: held-out batches. `say`: told of every part before it is tested. Raises a
@@ -102,7 +103,7 @@ def range_test(
     """
     if not 0 < low < high:
         raise RecipeError(f"the rates must rise: from {low:g} to {high:g} they do not")
-    ready = make_ready(recipe, trust_remote_code=trust_remote_code)
+    ready = make_ready(as_recipe(recipe), trust_remote_code=trust_remote_code)
     chosen = find_stage(ready.prepared.schedule, stage)
     tested = list(_tested(chosen, parts))
     rates = [low * (high / low) ** (i / (n_steps - 1)) for i in range(n_steps)]

@@ -22,7 +22,7 @@ from frostline.levers import Outlook, memory_of
 from frostline.model import load_random, load_skeleton, untie
 from frostline.plan import Batching, Device, Plan, StageCost, like, plan_to_json, points_for, time_stage
 from frostline.plan_subject import Subject, outlook_of, subject_of
-from frostline.recipe import StageSpec, load_recipe, plain
+from frostline.recipe import Recipe, StageSpec, as_recipe, plain
 from frostline.run_folder import checkpoint_of
 from frostline.schedule import Schedule, Stage
 from frostline.selection import select
@@ -123,18 +123,21 @@ class Planned:
 
 
 def plan_recipe(
-    path: Path,
+    recipe: Recipe | str | Path,
     *,
     overrides: Iterable[str] = (),
     device: Device | None = None,
     asked: Asked | None = None,
     trust_remote_code: bool = False,
 ) -> Planned:
-    """The plan of a recipe. Reads its data (for epochs) and its model's configuration, no weights.
+    """The plan of a recipe (a record, a file, or a name of the package's). Reads its data (for epochs) and its model's
+    configuration, no weights.
 
-    `device`: whose kernels; where the recipe would run here, when left out.
+    FLOPs are of one step, memory is in bytes. `device`: whose kernels; where the recipe would run here, when left out.
+    Raises `RecipeError`, `DataError`, `ModelError`, `SelectionError` as `train` does, and `PlanError` for an operation
+    without a formula.
     """
-    subject = subject_of(load_recipe(path, overrides=overrides), trust_remote_code)
+    subject = subject_of(as_recipe(recipe, overrides), trust_remote_code)
     return _answered(subject.on(device), asked or Asked())
 
 
@@ -150,7 +153,8 @@ def plan_model(
 ) -> Planned:
     """The plan of one AdamW step over a model: a folder, a hub name, or a bare configuration file.
 
-    `device`: whose kernels; this machine's when left out, as for a recipe.
+    `rows` of `length` tokens each. `device`: whose kernels; this machine's when left out, as for a recipe. Raises
+    `ModelError`, `SelectionError` and `PlanError`.
     """
     source = checkpoint_of(model)
     anatomy = read_anatomy(load_skeleton(source, trust_remote_code=trust_remote_code))

@@ -1,12 +1,25 @@
-"""The stages of a recipe as plain data. `frostline schedule` is `run.prepare` and these."""
+"""The stages of a recipe as plain data. `frostline schedule` is `schedule_recipe` and these."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from frostline.expansion import always_on
-from frostline.prepared import Prepared, unresolved
-from frostline.recipe import plain
+from frostline.prepared import Prepared, prepare, unresolved
+from frostline.recipe import Recipe, as_recipe, plain
+
+
+def schedule_recipe(
+    recipe: Recipe | str | Path, *, overrides: Iterable[str] = (), trust_remote_code: bool = False
+) -> Prepared:
+    """The stages of a recipe (a record, a file, or a name of the package's), a named schedule written out: `.schedule`.
+
+    Where experts are to be measured when training starts, some stand in for them. Raises a `FrostlineError` as `train`
+    does.
+    """
+    return prepare(as_recipe(recipe, overrides), stand_in=True, trust_remote_code=trust_remote_code)
 
 
 def written_stages(prepared: Prepared) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from frostline.model import load_config
 from frostline.model_source import Source, quiet_transformers
 from frostline.plan import StageCost
 from frostline.plan_subject import Subject, outlook_of, subject_of
-from frostline.recipe import load_recipe
+from frostline.recipe import Recipe, as_recipe
 from frostline.schedule import Stage
 from frostline.weights import Weights
 
@@ -77,9 +77,12 @@ class Why:
     """What is still to be measured for the selection, where experts stand in for it."""
 
 
-def why_recipe(path: Path, *, overrides: Iterable[str] = (), trust_remote_code: bool = False) -> tuple[Why, ...]:
-    """For every stage, which parts keep the backward pass deep and what leaving each out would save."""
-    subject = subject_of(load_recipe(path, overrides=overrides), trust_remote_code, stand_in=True)
+def why_recipe(
+    recipe: Recipe | str | Path, *, overrides: Iterable[str] = (), trust_remote_code: bool = False
+) -> tuple[Why, ...]:
+    """For every stage of a recipe (a record, a file, or a name of the package's), which parts keep the backward pass
+    deep and what leaving each out would save: FLOPs of a step, bytes. Raises as `plan_recipe`."""
+    subject = subject_of(as_recipe(recipe, overrides), trust_remote_code, stand_in=True)
     plan, waits = subject.plan(), subject.unresolved
     return tuple(
         Why(

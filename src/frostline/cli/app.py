@@ -20,7 +20,6 @@ from rich.console import Console
 from frostline.errors import DataError, FrostlineError
 
 if TYPE_CHECKING:
-    from frostline.anatomy import Anatomy
     from frostline.recipe import DataSpec
 
 P = ParamSpec("P")
@@ -101,15 +100,6 @@ def errors_for_people(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(INTERRUPTED_TWICE) from None
 
     return wrapped
-
-
-def anatomy_of(model: str, trust_remote_code: bool) -> Anatomy:
-    """The parts of a model as a person names it."""
-    from frostline.anatomy import read_anatomy
-    from frostline.model import load_skeleton
-    from frostline.run_folder import checkpoint_of
-
-    return read_anatomy(load_skeleton(checkpoint_of(model), trust_remote_code=trust_remote_code))
 
 
 def data_settings(file: str, overrides: list[str]) -> DataSpec:

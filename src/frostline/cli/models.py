@@ -12,7 +12,6 @@ from frostline.cli.app import (
     Model,
     Reading,
     RemoteCode,
-    anatomy_of,
     app,
     errors_for_people,
     make_console,
@@ -36,10 +35,11 @@ def parts(
 
     from frostline.anatomy import anatomy_to_json, prove
     from frostline.model import load_config
+    from frostline.named_model import anatomy_of
     from frostline.run_folder import checkpoint_of
     from frostline.terminal import parts_table, proof_table
 
-    anatomy = anatomy_of(model, trust_remote_code)
+    anatomy = anatomy_of(model, trust_remote_code=trust_remote_code)
     proof = prove(load_config(checkpoint_of(model), trust_remote_code=trust_remote_code)) if proven else None
     if as_json:
         print_json({"schema": 1, **anatomy_to_json(anatomy), **({"proof": asdict(proof)} if proof else {})})
@@ -72,11 +72,12 @@ def select(
     from dataclasses import asdict
 
     from frostline.experts import plain_in
+    from frostline.named_model import anatomy_of
     from frostline.selection import compare, selection_to_json
     from frostline.selection import select as select_in
     from frostline.terminal import comparison_table, selection_table, slices_table
 
-    anatomy = anatomy_of(model, trust_remote_code)
+    anatomy = anatomy_of(model, trust_remote_code=trust_remote_code)
     ties: Literal["together", "error"] = "together" if together else "error"
     settings = reading_settings(texts, overrides)
     known = plain_in(

@@ -30,13 +30,11 @@ def schedule(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Print the stages of a recipe: a named schedule written out, drawn layers and measured choices included."""
-    from frostline.prepared import prepare
-    from frostline.recipe import dump_yaml, load_recipe
-    from frostline.scheduling import schedule_to_json, written_stages
+    from frostline.recipe import dump_yaml
+    from frostline.scheduling import schedule_recipe, schedule_to_json, written_stages
     from frostline.terminal_schedule import print_schedule
 
-    loaded = load_recipe(recipe, overrides=overrides or ())
-    prepared = prepare(loaded, stand_in=True, trust_remote_code=trust_remote_code)
+    prepared = schedule_recipe(recipe, overrides=overrides or (), trust_remote_code=trust_remote_code)
     if as_yaml:
         typer.echo(dump_yaml({"stages": written_stages(prepared)}), nl=False)
     elif as_json:

@@ -123,7 +123,8 @@ def _rest_of(run: RunFolder, observers: Sequence[Observer], say: Callable[[str],
 
 
 def claims_of(source: str, *, name: str | None = None, trust_remote_code: bool = False) -> Claims:
-    """Measure the claims on a model folder or hub name, with text that every Python carries."""
+    """Measure what is said about freezing on a model folder or hub name, with 4 rows of at most 128 tokens of text that
+    every Python carries. Raises `ModelError`, and `AnatomyError` for a model that is not understood."""
     model = load_model(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     return measure_claims(model, probe_batch(model, tokenizer), name=name or source)

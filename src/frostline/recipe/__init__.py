@@ -9,7 +9,7 @@ from frostline.recipe.data_spec import (
     source_names,
     source_of,
 )
-from frostline.recipe.load import load_recipe, recipe_from_dict, with_stages
+from frostline.recipe.load import as_recipe, load_recipe, recipe_from_dict, with_stages
 from frostline.recipe.model_spec import ScratchModel, TrainedTokenizer
 from frostline.recipe.moe_spec import MoeSpec
 from frostline.recipe.recipe import (
@@ -54,6 +54,7 @@ __all__ = [
     "StageSpec",
     "Strategy",
     "TrainedTokenizer",
+    "as_recipe",
     "data_sources",
     "dump_yaml",
     "is_recipe",

@@ -48,6 +48,16 @@ def load_recipe(path: str | Path, *, overrides: Iterable[str] = ()) -> Recipe:
     return validate(values, Origin(document=document, where=str(path), overrides=applied))
 
 
+def as_recipe(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe as it is, or read from its file or by its name. Raises `RecipeError`, also for overrides of one that is
+    read already."""
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides=overrides)
+    if given := list(overrides):
+        raise RecipeError(f"{given[0]}: overrides are of a recipe file; this recipe is read already")
+    return recipe
+
+
 def check_is_complete(name: str, values: Mapping[str, Any], overridden: Sequence[KeyPath]) -> None:
     """Raise `RecipeError` unless a recipe of the package has been told the model and the text that it lacks; a folder
     `corpus` that is there will do for the text."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def shipped_recipes() -> dict[str, str]:
-    """Name → text, by name."""
+    """The recipes that come with the package: name → text, by name. Raises nothing."""
     found = (f for f in files("frostline").joinpath("recipes").iterdir() if f.name.endswith(".yaml"))
     return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in sorted(found, key=lambda f: f.name)}
 
