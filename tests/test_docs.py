@@ -141,6 +141,10 @@ def test_the_story_of_freezing_has_the_numbers_of_the_readmes_table() -> None:
     assert f"**{cosines[3]}** at the embedding" in told
     assert f"{int(moved[1]):,} of {int(moved[2]):,}" in told
     assert f"0 of {int(bytes_[1]):,} attention bytes" in told
+    for number in ("2,525,440", "1,081,344", "1.3e-07", "10.00", "`offload` 16"):
+        assert number in README, number
+    for number in ("2,525,440", "1,081,344", "1.3e-07", "10.00", "16 under `offload`"):
+        assert number in told, number
 
 
 def test_the_readmes_table_of_claims_names_every_claim() -> None:

@@ -72,7 +72,7 @@ def frozen_thawed_and_frozen_again(bench: Bench) -> Claim:
     counts: list[tuple[int, int]] = []
     for i, expression in enumerate(STAGES):
         active = bench.enter(expression, memory=memory) if i else _start(bench, expression)
-        before = {n: p.detach().clone() for n, p in bench.parameters.items()}
+        before = {n: bench.parameters[n].detach().clone() for n in bench.start}  # each storage once
         with_gradient, moved = _steps(bench, active, before)
         counts.append((moved, with_gradient))
         rest = bench.select(f"~({expression})").slices if expression != "all" else ()
