@@ -109,8 +109,9 @@ class Checkpoints:
 
     def _check_space(self, n_bytes: int) -> None:
         free = shutil.disk_usage(self.folder).free
-        if free < 1.1 * n_bytes + 1e6:
-            raise StorageError(f"cannot write {self.folder}: a checkpoint needs {n_bytes} bytes and {free} are free")
+        needed = int(1.1 * n_bytes + 1e6)  # with its manifest and state, and what the run writes beside it
+        if free < needed:
+            raise StorageError(f"cannot write {self.folder}: a checkpoint needs {needed} bytes and {free} are free")
 
     def newest(self) -> tuple[Checkpoint | None, list[Rejected]]:
         """The newest checkpoint that verifies, and those set aside on the way to it."""

@@ -80,9 +80,15 @@ def load_random(source: Source, *, dtype: torch.dtype = torch.float32, trust_rem
 
 
 def load_model(
-    source: Source, *, seed: int = 0, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    source: Source,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    unused: list[str] | None = None,
 ) -> nn.Module:
-    """The model with its weights in `dtype` on the CPU. Raises `ModelError`.
+    """The model with its weights in `dtype` on the CPU. Raises `ModelError`. `unused` gets the names of tensors in its
+    files that its configuration has no place for.
 
     A model from scratch gets initial weights from `seed`: drawn in fp32, whatever `dtype` they are rounded to.
     """
@@ -97,16 +103,19 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_complete` refuses them, and says which
             **pinned(source, trust_remote_code),
         )
         check_complete(source, info)
+        if unused is not None:
+            unused += sorted(info.get("unexpected_keys") or ())
         set_dtype(model, dtype)
         return _module(model)
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub name. Raises `ModelError`."""
-    check_exists(source)
+    check_exists(source, has=("config.json", "tokenizer_config.json", "tokenizer.json"))
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(*place(source), **pinned(source, trust_remote_code))

@@ -61,13 +61,14 @@ def code_of(source: str) -> dict[str, str]:
         return {}
 
 
-def check_exists(source: str) -> None:
-    """Raise `ModelError` for a path that is no model folder, and for one that is not there."""
+def check_exists(source: str, *, has: tuple[str, ...] = ("config.json",)) -> None:
+    """Raise `ModelError` for a path that is no model folder (it has none of the files `has`), and for one that is not
+    there."""
     path = Path(source)
     if path.exists():
-        if path.is_dir() and not (path / "config.json").exists():
+        if path.is_dir() and not any((path / name).exists() for name in has):
             inside = f"; the model of this run folder is {path / 'model'}" if (path / "schedule.json").exists() else ""
-            raise ModelError(f"{source} is no model folder: it has no config.json{inside}")
+            raise ModelError(f"{source} is no model folder: it has no {' or '.join(has)}{inside}")
         return
     if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source):
         raise ModelError(f"no model at {source}: there is no such folder")
@@ -90,11 +91,17 @@ def check_safetensors(source: str) -> None:
 
 def check_complete(source: str, info: Mapping[str, Any]) -> None:
     """Raise `ModelError` when transformers, by its loading `info`, has made weights up."""
-    for kind in ("missing_keys", "mismatched_keys"):
-        found = sorted(map(str, info.get(kind) or ()))
-        if found:
-            what = "lacks" if kind == "missing_keys" else "has other shapes for"
-            raise ModelError(f"{source} {what} {len(found)} tensors of its architecture: {', '.join(found[:5])}")
+    missing = sorted(map(str, info.get("missing_keys") or ()))
+    if missing:
+        raise ModelError(f"{source} lacks {len(missing)} tensors of its architecture: {', '.join(missing[:5])}")
+    other = [
+        f"{name} ({', '.join(map(str, held))}) where its configuration says ({', '.join(map(str, wanted))})"
+        for name, held, wanted in sorted(info.get("mismatched_keys") or ())
+    ]
+    if other:
+        raise ModelError(
+            f"{source} has other shapes for {len(other)} tensors of its architecture: {', '.join(other[:3])}"
+        )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,8 @@ def make_ready(
     choice = choice or choose(recipe, trust_remote_code=trust_remote_code)
     prepared = prepare(recipe, choice=choice, trust_remote_code=trust_remote_code, say=say)
     device = choose_device(recipe)
-    model = load_weights(prepared, trust_remote_code=trust_remote_code)
+    unused: list[str] = []
+    model = load_weights(prepared, trust_remote_code=trust_remote_code, unused=unused)
     fit_attention(model, prepared.feed.kept_by)
     model.to(device)
     check_finite(model, prepared.anatomy)
@@ -85,6 +86,7 @@ def make_ready(
     freed = freed_memory_for(recipe, device)
     found = (chosen, Chose(setting="loss", value=loss.how, why=loss.why), freed)
     settled = (
+        *unusual_model(recipe, model, unused),
         *(c for c in found if str(getattr(recipe, c.setting)) != c.value),
         *experts_for(recipe, model),
         *expert_gradients_for(recipe, model, prepared.schedule),
@@ -108,11 +110,11 @@ def make_ready(
     )
 
 
-def load_weights(prepared: Prepared, *, trust_remote_code: bool = False) -> nn.Module:
+def load_weights(prepared: Prepared, *, trust_remote_code: bool = False, unused: list[str] | None = None) -> nn.Module:
     """The model with its weights, untied if the recipe says so, its parts those that were selected from."""
     recipe = prepared.recipe
     dtype = weights_dtype(recipe)
-    model = load_model(recipe.model, seed=recipe.seed, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_model(recipe.model, seed=recipe.seed, dtype=dtype, trust_remote_code=trust_remote_code, unused=unused)
     if recipe.ties == "untie":
         untie(model)
     if isinstance(recipe.model, ScratchModel):
@@ -121,6 +123,13 @@ def load_weights(prepared: Prepared, *, trust_remote_code: bool = False) -> nn.M
             setattr(model.config, name, getattr(tokenizer, name))
             setattr(model.generation_config, name, getattr(tokenizer, name))
     found = read_anatomy(model)
+    cut = sorted(prepared.anatomy.ties.items() - found.ties.items())
+    if cut:
+        raise ModelError(
+            f"{recipe.model}: its configuration ties {cut[0][0]} to {cut[0][1]}, and its files hold other weights for "
+            "each, which are not tied when they are loaded. Write `tie_word_embeddings: false` into its config.json, "
+            f"or take {cut[0][0]} out of its files"
+        )
     if (found.components, found.ties) != (prepared.anatomy.components, prepared.anatomy.ties):
         raise FrostlineError("the loaded model has other parts or ties than its configuration says; please report this")
     return model
@@ -144,9 +153,27 @@ def check_it_runs(model: nn.Module, prepared: Prepared, device: torch.device) ->
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             next_token_loss(model, prepared.feed.train.batch([0]).to(device))
     except Exception as error:  # models raise anything when their configuration does not fit together
-        raise ModelError(
-            f"the model cannot run on a row of {prepared.recipe.data.length} tokens: {in_one_line(error)}"
-        ) from error
+        length, most = prepared.recipe.data.length, positions_of(model)
+        hint = f"; it has {most} positions, so `data.length` may be at most that" if most and length > most else ""
+        raise ModelError(f"the model cannot run on a row of {length} tokens: {in_one_line(error)}{hint}") from error
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The longest row that a model says it was made for."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    return most if isinstance(most, int) else None
+
+
+def unusual_model(recipe: Recipe, model: nn.Module, unused: Sequence[str]) -> Iterator[Chose]:
+    """What of the model's files is not used, and rows that are longer than it says."""
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        value = f"{len(unused)} tensors of its files are not used"
+        yield Chose(setting="model", value=value, why=f"its type has no place for {', '.join(unused[:3])}{more}")
+    most = positions_of(model)
+    if most is not None and recipe.data.length > most:
+        why = f"more than the {most} positions of the model's configuration (max_position_embeddings)"
+        yield Chose(setting="data.length", value=str(recipe.data.length), why=why)
 
 
 def loss_for(prepared: Prepared, model: nn.Module) -> Chosen:

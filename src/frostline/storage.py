@@ -23,9 +23,20 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        read = isinstance(error.filename, str) and error.filename2 is None and not _belongs(Path(error.filename), path)
+        what = f"cannot read {error.filename}" if read else f"cannot write {path}"
+        raise StorageError(f"{what}: {error.strerror or error}") from error
     except SafetensorError as error:  # what safetensors makes of the system's errors
         raise StorageError(f"cannot write {path}: {error}") from error
+
+
+def _belongs(other: Path, path: Path) -> bool:
+    """Whether `other` is `path`, leads to it, lies in it, or is what stands beside it until it is whole."""
+    if path.is_relative_to(other):
+        return True
+    if not other.is_relative_to(path.parent):
+        return False
+    return path.name in other.relative_to(path.parent).parts[0]
 
 
 def write_text(path: Path, text: str) -> None:

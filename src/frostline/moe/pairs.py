@@ -141,6 +141,10 @@ def find_pair(dense: str, target: str | None) -> Pair:
     found = [p for p in of_dense if target in (None, p.target)]
     if found:
         return found[0]
+    if dense in {p.target for p in PAIRS}:
+        raise ModelError(
+            f"a '{dense}' model is a mixture of experts already; `frostline upcycle` makes one of a dense model"
+        )
     near = did_you_mean(target or dense, [p.target if of_dense else p.dense for p in of_dense or PAIRS])
     what = f"'{dense}' into '{target}'" if target else f"a '{dense}' model"
     raise ModelError(f"no exact way is known to upcycle {what}.{near}\n  Known: {known_pairs()}")

@@ -17,7 +17,7 @@ class MoeSpec(Record):
     """Factor of the load-balancing loss of Switch: 1 × the factor when balanced, N × with everything on one of N."""
     z: Annotated[float, Field(ge=0)] = 0.0
     """Factor of the router z-loss: the mean of logsumexp(logits)², (ln N)² at zero logits."""
-    capacity: Annotated[float, Field(ge=1e-3, le=1e4)] | None = None
+    capacity: Annotated[float, Field(ge=1e-3, le=10_000)] | None = None
     """Choices of a row that each expert takes in training, in units of its equal share: ⌈capacity · length · k / N⌉, in
     the order of the tokens; the others are dropped, and counted in `evidence/load.jsonl`. Without it none is."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
