@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from trainers import RECOMPUTE, InOrder, Overflows, arguments, rows, same, trainer, values
 from transformers import Trainer, TrainerCallback
@@ -274,7 +275,12 @@ def test_stages_that_do_not_add_up_to_the_trainers_steps_are_refused(
 
 @pytest.mark.parametrize(
     ("stages", "said"),
-    [([], "nothing is named"), (["ffn", "attn"], "not the last stage"), ([("ffn", 0), "attn"], "at least one")],
+    [
+        (("ffn", 10), "10 is no stage"),
+        ([], "nothing is named"),
+        (["ffn", "attn"], "not the last stage"),
+        ([("ffn", 0), "attn"], "at least one"),
+    ],
 )
 def test_stages_without_a_length_are_refused(tmp_path: Path, stages: list[Any], said: str) -> None:
     with pytest.raises(FrostlineError, match=said):
@@ -334,6 +340,20 @@ def test_an_optimizer_that_keeps_state_from_the_start_is_refused_for_parts_of_te
     under = trainer(tiny.model("llama"), tmp_path / "out", optim="adagrad")
     attach(under, "attn.heads[1]", out=tmp_path / "run")
     with pytest.raises(FrostlineError, match="Adagrad keeps state of whole tensors"):
+        under.train()
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Has modes, as schedule-free optimizers do: their weights are others outside of training."""
+
+    def eval(self) -> None: ...
+
+
+def test_an_optimizer_that_changes_weights_between_steps_is_refused_for_parts_of_tensors(tmp_path: Path) -> None:
+    more = {"optimizer_cls_and_kwargs": (ScheduleFree, {"lr": 0.1})}
+    under = trainer(tiny.model("llama"), tmp_path / "out", more=more)
+    attach(under, "attn.heads[1]", out=tmp_path / "run")
+    with pytest.raises(FrostlineError, match="ScheduleFree changes weights outside of its steps"):
         under.train()
 
 
@@ -454,6 +474,20 @@ def test_what_is_measured_is_logged_and_shown_and_the_model_kept_on_request(tmp_
     result = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_best_model_that_is_loaded_at_the_end_is_what_the_evidence_ends_with(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # the worst
+    under = trainer(model, tmp_path / "out", more={"eval_dataset": rows(4)}, learning_rate=0.1, **often, **best)
+    run = attach(under, "layers[1].attn.heads[1]", out=tmp_path / "run", save=True)
+    under.train()
+    assert under.state.best_model_checkpoint is not None
+    chosen = load_file(Path(under.state.best_model_checkpoint) / "model.safetensors")
+    assert all(torch.equal(p, chosen[n]) for n, p in model.named_parameters())
+    verdict = run.audit()
+    assert verdict.passed, [e for e in verdict.evidence if not e.passed]
 
 
 def test_the_trainer_of_a_subclass_with_a_loss_of_its_own_is_attached_to_as_well(tmp_path: Path) -> None:

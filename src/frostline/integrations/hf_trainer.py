@@ -76,6 +76,9 @@ def attach(
 def _stages(learn: str | Sequence[str | tuple[str, int]]) -> list[tuple[str, int | None]]:
     """Every stage with its steps; None for the last one's where they are what is left."""
     given = [learn] if isinstance(learn, str) else list(learn)
+    for s in given:
+        if not isinstance(s, str) and not (isinstance(s, tuple | list) and [*map(type, s)] == [str, int]):
+            raise FrostlineError(f"{s!r} is no stage: write a selection, or a pair such as ('ffn', 100)")
     stages: list[tuple[str, int | None]] = [(s, None) if isinstance(s, str) else (s[0], s[1]) for s in given]
     if not stages:
         raise FrostlineError("nothing is named that learns")

@@ -51,6 +51,11 @@ def own(optimizer: torch.optim.Optimizer, run: Learning, *, is_users: bool) -> t
             f"{type(optimizer).__name__} keeps state of whole tensors before its first step: choose another `optim` "
             "where parts of tensors learn"
         )
+    if apart and callable(getattr(optimizer, "eval", None)):
+        raise FrostlineError(
+            f"{type(optimizer).__name__} changes weights outside of its steps, where parts of tensors are not copied "
+            "back: choose another `optim` where parts of tensors learn"
+        )
     for group in optimizer.param_groups:
         group["params"] = [leaf for p in group["params"] for leaf in apart.get(p, [p])]
     held = {p for group in optimizer.param_groups for p in group["params"]}

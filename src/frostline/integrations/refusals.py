@@ -1,6 +1,6 @@
 """What of a Trainer's settings would make a run something else than what was asked: each with its reason.
 
-Nothing is half supported: what is not in this list is exact, and tested. Read `refusals`.
+Here is what is known not to be exact, and what could not be tried: several processes and devices. Read `refusals`.
 """
 
 from __future__ import annotations
