@@ -503,7 +503,7 @@ def test_the_trainer_of_a_subclass_with_a_loss_of_its_own_is_attached_to_as_well
 @pytest.mark.slow
 def test_without_accelerate_only_the_use_of_a_trainer_fails_and_says_what_to_install() -> None:
     code = (
-        "import sys; sys.modules['accelerate'] = None\n"
+        "import sys; sys.modules['accelerate'] = sys.modules['peft'] = None\n"  # peft is not there without it
         "from frostline.integrations import attach\n"
         "from transformers import TrainingArguments\n"
         "try: TrainingArguments(output_dir='nowhere')\n"
