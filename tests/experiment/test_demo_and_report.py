@@ -130,6 +130,23 @@ def test_a_demo_that_is_interrupted_measures_nothing_and_goes_on_to_the_same_byt
     assert "holds a demo that is done" in done.output
 
 
+def test_a_demo_that_was_killed_while_its_run_folder_was_made_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit(9)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("frostline.run.describe_environment", killed)
+        assert frost_demo(out, patch).exit_code == 9  # type: ignore[attr-defined]
+    assert (out / "run" / "recipe.yaml").exists()
+    with monkeypatch.context() as patch:
+        stopped_after(1, patch)
+        result: Any = frost_demo(out, patch)
+    assert result.exit_code == 75, result.output
+
+
 def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 

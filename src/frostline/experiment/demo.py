@@ -5,6 +5,7 @@ Stopped anywhere, it goes on from there when it is run again with the same folde
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ def run_demo(
         with storage_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         write_text(out / "recipe.yaml", shipped_recipes()["demo"])
+    if _was_killed_while_made(run):
+        shutil.rmtree(run.path)
     if not run.path.exists():
         write_corpus(out / "corpus")
         result = train(load_recipe(out / "recipe.yaml", overrides=overrides), out=run.path, observers=observers)
@@ -99,6 +102,12 @@ def _was_begun(out: Path) -> bool:
     if RunFolder(out / "run").report.exists():
         raise RunFolderError(f"{out} holds a demo that is done; the demo never overwrites: name another --out")
     return True
+
+
+def _was_killed_while_made(run: RunFolder) -> bool:
+    """Whether a kill left a run folder in which nothing was done yet, which cannot be resumed."""
+    started = ("environment.json", "schedule.json", "metrics.jsonl", "checkpoints", "model")
+    return run.path.is_dir() and not any((run.path / name).exists() for name in started)
 
 
 def _check_settings(out: Path, run: RunFolder, overrides: Sequence[str]) -> None:
