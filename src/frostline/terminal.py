@@ -106,7 +106,7 @@ def selection_table(selection: Selection) -> Group:
     """What each term of an expression matched, and what all of it selects."""
     table = Table()
     table.add_column("term")
-    for column in ("layers", "components", "tensors", "parameters", "size", "share"):
+    for column in ("layers", "parts", "tensors", "parameters", "size", "share"):
         table.add_column(column, justify="right")
     n_layers, total = selection.anatomy.n_layers, selection.anatomy.n_parameters
     for m in selection.matches:
@@ -149,7 +149,7 @@ def _notes(selection: Selection) -> Iterator[str]:
 def slices_table(selection: Selection) -> Table:
     """The exact slices that an expression selects, by component."""
     table = Table(title=selection.expression, title_justify="left", title_style="")
-    table.add_column("component", overflow="fold")
+    table.add_column("part", overflow="fold")
     table.add_column("slice", overflow="fold")
     table.add_column("parameters", justify="right")
     for component, slices in selection.by_component():
@@ -162,7 +162,7 @@ def comparison_table(first: Selection, second: Selection) -> Group:
     """What each of two selections takes and the other does not, components of equal numbers folded."""
     differences = compare(first, second)
     table = Table()
-    table.add_column("component", overflow="fold")
+    table.add_column("part", overflow="fold")
     for column in ("only in the first", "only in the second", "in both"):
         table.add_column(column, justify="right")
     by_name = {d.component: d for d in differences}

@@ -106,7 +106,7 @@ def diff(
     after: Annotated[Path, typer.Argument(help="Another one.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two checkpoints by component."""
+    """Compare two checkpoints by part."""
     from frostline.audit import diff_checkpoints, diff_to_json
     from frostline.terminal import diff_table
 
