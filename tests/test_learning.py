@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,41 @@ def test_a_part_moved_behind_the_loops_back_fails_the_audit_and_is_named(tmp_pat
     verdict = frostline.audit(tmp_path / "run")
     assert not verdict.passed
     assert {(r.component, r.verdict) for r in verdict.failures} == {("layers[1].attn.q", "FROZEN BUT MOVED")}
+
+
+@pytest.mark.parametrize("learn", ["ffn", "attn.heads[1]"])
+def test_a_loop_goes_on_from_a_checkpoint_of_its_own_to_the_same_bytes(tmp_path: Path, learn: str) -> None:
+    whole, cut = tiny.model("llama"), tiny.model("llama")
+    with frostline.learning(whole, learn, out=tmp_path / "whole") as run:
+        train(whole, run, 5)
+    saved: dict[str, Any] = {}
+
+    def first() -> None:
+        with frostline.learning(cut, learn, out=tmp_path / "cut") as run:
+            optimizer = train(cut, run, 3)
+            saved.update(model=values(cut), optimizer=optimizer.state_dict())
+            saved["progress"] = json.dumps(run.progress().to_json())
+            train(cut, run, 1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        first()
+    again = tiny.model("llama", seed=1)
+    since = frostline.Progress.from_json(json.loads(saved["progress"]), tmp_path)
+    not_it = pytest.raises(RunFolderError, match="not the one that was saved after step 3")
+    with not_it, frostline.learning(again, learn, out=tmp_path / "cut", since=since):
+        pass
+    again.load_state_dict(saved["model"], strict=False)
+    with frostline.learning(again, learn, out=tmp_path / "cut", since=since) as run:
+        optimizer = torch.optim.AdamW(run.parameter_groups(weight_decay=0.1), lr=1e-2)
+        optimizer.load_state_dict(saved["optimizer"])
+        for loss in islice(losses(again, 5), 3, None):
+            loss.backward()
+            run.clip(1.0)
+            optimizer.step()
+            again.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(values(again).values(), values(whole).values(), strict=True))
+    assert run.steps == 5
+    assert run.audit().passed
+    boundary = "evidence/boundary-1.json"
+    assert (tmp_path / "cut" / boundary).read_bytes() == (tmp_path / "whole" / boundary).read_bytes()

@@ -20,6 +20,7 @@ from frostline.lr_range import range_test
 from frostline.moe import upcycle
 from frostline.named_model import anatomy_of
 from frostline.planning import Asked, Planned, plan_model, plan_recipe
+from frostline.progress import Progress
 from frostline.recipe import Recipe, load_recipe, recipe_from_dict, shipped_recipes
 from frostline.resume import resume
 from frostline.run import RunResult, train
@@ -37,6 +38,7 @@ __all__ = [
     "FrostlineError",
     "Learning",
     "Planned",
+    "Progress",
     "Recipe",
     "RunResult",
     "Selection",
