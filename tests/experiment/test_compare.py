@@ -24,6 +24,7 @@ from frostline.errors import FrostlineError, RecipeError, RunFolderError
 from frostline.experiment.compare import RunBegins, compare
 from frostline.experiment.compare_measures import Clock, Measures, Outcome, Point, measured
 from frostline.experiment.compare_results import Compared, Outlook, equal_cost, evaluate
+from frostline.experiment.compare_words import comparison_markdown
 from frostline.experiment.comparison_page import write_comparison
 from frostline.experiment.statistics import paired, t_quantile
 from frostline.recipe import Comparison, dump_yaml, load_comparison, shipped_comparisons
@@ -132,12 +133,20 @@ def test_nothing_is_told_apart_by_too_few_seeds_or_by_an_interval_that_holds_zer
 def outcome(name: str, seed: int, per_step: int, losses: list[float]) -> Outcome:
     """A run that measured a loss at every step."""
     curve = tuple(Point(step=i, flops=i * per_step, loss=v) for i, v in enumerate(losses))
-    numbers = {"tokens": 8, "learning": (1,), "peak_bytes": 1, "planned_peak_bytes": 1}
     flops = (len(losses) - 1) * per_step
     measures = Measures(
-        steps=len(losses) - 1, curve=curve, flops=flops, planned_flops=flops, clock=Clock(seconds=1, tokens_per_s=8),
-        **numbers,  # type: ignore[arg-type]
-    )  # fmt: skip
+        steps=len(losses) - 1,
+        skipped=0,
+        tokens=8,
+        curve=curve,
+        learning=(1,),
+        flops=flops,
+        planned_flops=flops,
+        peak_bytes=1,
+        planned_peak_bytes=1,
+        made_with={"torch": "2.10"},
+        clock=Clock(seconds=1, tokens_per_s=8),
+    )
     return Outcome(strategy=name, seed=seed, state="finished", audit="passed", measures=measures)
 
 
@@ -164,6 +173,9 @@ def test_runs_that_failed_are_left_out_and_said_so() -> None:
         for n, h in (("a", "x"), ("b", "x"), ("c", "y"))
     ]
     runs = {(n, s): outcome(n, s, 1, [5, 4 + s / 10 + k]) for k, n in enumerate("abc") for s in range(3)}
+    elsewhere = runs["a", 0].measures
+    assert elsewhere is not None
+    runs["a", 0] = replace(runs["a", 0], measures=replace(elsewhere, made_with={"torch": "2.9"}))
     runs["b", 1] = replace(runs["b", 1], audit="failed", why="audit failed: …")
     found = evaluate(looks, runs, name="x", baseline="a", seeds=(0, 1, 2))
     b, c = found.of("b"), found.of("c")
@@ -173,6 +185,7 @@ def test_runs_that_failed_are_left_out_and_said_so() -> None:
     assert c.difference is None
     assert not found.sound
     said = " ".join(found.notes)
+    assert "not all made alike: torch (2.9, 2.10)" in said
     assert "b: 1 of 3 runs are not in the statistics" in said
     assert "c is measured on other held-out tokens" in said
 
@@ -337,6 +350,14 @@ def test_the_page_is_whole_escaped_and_asks_the_network_for_nothing(
         assert word in text
 
 
+@pytest.mark.with_plans
+def test_the_markdown_table_has_a_row_for_every_strategy(whole: tuple[Path, Compared, list[Any]]) -> None:
+    head, rule, everything, ffn = comparison_markdown(whole[1]).splitlines()
+    assert {row.count("|") for row in (head, rule, everything, ffn)} == {8}
+    assert "| baseline |" in everything
+    assert re.match(r"\| ffn \| 2 of 2 \| \d\.\d{4} ± \d\.\d{4} \| [+-]\d.* not told apart \|", ffn)
+
+
 def test_a_second_call_trains_nothing_and_says_the_same(tmp_path: Path) -> None:
     path, steps = write(tmp_path, seeds=1), []
     first = compare(path, out=tmp_path / "out")
@@ -346,8 +367,9 @@ def test_a_second_call_trains_nothing_and_says_the_same(tmp_path: Path) -> None:
     assert again == first
     assert not steps
     assert {t.standing for t in told if isinstance(t, RunBegins)} == {"finished"}
-    more = compare(path, out=tmp_path / "out", seeds=[0, 7], observers=watch)
+    more = compare(path, out=tmp_path / "out", seeds=[0, 7], baseline="ffn", observers=watch)
     assert len(steps) == 2 * 4, "the new seed alone"
+    assert (more.baseline, more.of("ffn").difference) == ("ffn", None)
     assert {s: v for s, v in more.of("ffn").losses.items() if s == 0} == first.of("ffn").losses
 
 

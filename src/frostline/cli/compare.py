@@ -30,25 +30,31 @@ def compare(
     seeds: Annotated[
         str | None, typer.Option(help="In place of the file's: how many from 0 on, or which: 0,3,7.", metavar="SEEDS")
     ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="In place of the file's: what the others are held against.", metavar="STRATEGY")
+    ] = None,
     overrides: Overrides = None,
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Resume runs although software or machine differ.")
     ] = False,
     as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Train strategies with several seeds each, and say which differ: by interval, at equal steps and equal FLOPs."""
     from frostline.experiment.compare import compare as compare_runs
+    from frostline.experiment.compare_words import comparison_markdown
     from frostline.experiment.comparison_page import write_comparison
     from frostline.terminal_compare import ComparisonLines, print_comparison
 
-    console = make_console(stderr=as_json)
+    console = make_console(stderr=as_json or markdown)
     with ComparisonLines(console) as lines:
         found = compare_runs(
             comparison,
             out=out,
             overrides=overrides or (),
             seeds=_seeds(seeds),
+            baseline=baseline,
             observers=[lines],
             tell=lines.tell,
             allow_inexact=allow_inexact,
@@ -57,6 +63,8 @@ def compare(
     page = write_comparison(found, out)
     if as_json:
         print_json(found.to_json())
+    elif markdown:
+        typer.echo(comparison_markdown(found))
     else:
         print_comparison(console, found)
         console.print(f"written: {page or out / 'comparison.json'}", soft_wrap=True, highlight=False)

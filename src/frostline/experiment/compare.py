@@ -58,6 +58,7 @@ def compare(
     out: str | Path,
     overrides: Iterable[str] = (),
     seeds: int | Sequence[int] | None = None,
+    baseline: str | None = None,
     observers: Sequence[Observer] = (),
     tell: Tell = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
@@ -75,7 +76,7 @@ def compare(
     is of another recipe. The first signal ends it after the current step, everything saved.
     """
     if not isinstance(source, Comparison):
-        source = load_comparison(source, out=out, overrides=overrides, seeds=seeds)
+        source = load_comparison(source, out=out, overrides=overrides, seeds=seeds, baseline=baseline)
     folder = ComparisonFolder(out)
     folder.check(tuple(s.name for s in source.strategies))
     if source.corpus is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from frostline.experiment.figures import COLORS, STYLE, WIDTH_IN, to_svg
 
@@ -26,9 +27,11 @@ class Series:
     """Where there is no mean, every run by itself."""
 
 
-def curves(series: Sequence[Series], *, x_label: str, description: str) -> str:
-    """Held-out loss: mean over seeds, shaded from the lowest to the highest; what lies above the losses after the start
-    is cut off."""
+def curves(series: Sequence[Series], *, x_label: str, description: str, unit: str | None = None) -> str:
+    """Held-out loss over steps, or over a cost of this unit: mean over seeds, shaded from the lowest to the highest.
+
+    What lies above the losses after the start is cut off.
+    """
     with mpl.rc_context({**STYLE, "svg.hashsalt": description}):
         figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
         axes = figure.subplots()
@@ -41,6 +44,9 @@ def curves(series: Sequence[Series], *, x_label: str, description: str) -> str:
             for k, curve in enumerate(() if s.mean else s.seeds):
                 axes.plot(*zip(*curve, strict=True), lw=0.9, label=None if k else s.name, **look)
         _cut_off_the_start(axes, series)
+        if unit is not None:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(EngFormatter(unit=unit))
         axes.set_xlabel(x_label)
         axes.set_ylabel("held-out loss (nats)")
         axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from frostline.environment import MATTERS
+from frostline.recipe import keys_of
 from frostline.run_folder import RunFolder, StageRecord, damaged_records
 
 State = Literal["finished", "interrupted", "failed", "not run"]
@@ -50,6 +52,8 @@ class Measures:
     peak_bytes: int | None
     """The most of tensors that a metered step held; the largest over the stages."""
     planned_peak_bytes: int | None
+    made_with: dict[str, str]
+    """Software and machine, as far as they may change the bits."""
     clock: Clock
 
 
@@ -102,8 +106,13 @@ def _measured(folder: RunFolder) -> Measures:
         planned_flops=spent(stages, planned, steps),
         peak_bytes=max(peaks, default=None),
         planned_peak_bytes=max((c["planned_peak_bytes"] for c in checks.values()), default=None),
+        made_with=_made_with(folder.read_json("environment.json")),
         clock=_clock(folder, targets),
     )
+
+
+def _made_with(environment: dict[str, Any]) -> dict[str, str]:
+    return {k: str(v) for k, v in keys_of({k: environment.get(k) for k in MATTERS}).items()}
 
 
 def spent(stages: list[StageRecord], per_step: dict[str, int], step: int) -> int | None:

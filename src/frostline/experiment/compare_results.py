@@ -278,7 +278,7 @@ def _spent(outcomes: Sequence[Outcome], axis: Axis) -> int | None:
 
 def _notes(results: Sequence[StrategyResult], base: Outlook, seeds: tuple[int, ...]) -> list[str]:
     notes = []
-    n_compared = sum(r.difference is not None for r in results)
+    n_compared = sum(r.difference is not None and r.difference.low is not None for r in results)
     if len(seeds) < 3:
         notes.append(
             f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}: too few for an interval; nothing can be told apart"
@@ -288,6 +288,11 @@ def _notes(results: Sequence[StrategyResult], base: Outlook, seeds: tuple[int, .
             f"each interval by itself is at {100 * CONFIDENCE:.0f} %: were all {n_compared} differences zero, one or "
             f"more would seem real in up to {min(100.0, 100 * (1 - CONFIDENCE) * n_compared):.0f} % of comparisons"
         )
+    made = [o.measures.made_with for r in results for o in r.outcomes if o.counts and o.measures is not None]
+    values = {key: list(dict.fromkeys(m.get(key, "–") for m in made)) for m in made[:1] for key in m}
+    unlike = [f"{key} ({', '.join(found)})" for key, found in values.items() if len(found) > 1]
+    if unlike:
+        notes.append(f"the runs were not all made alike: {'; '.join(unlike)}")
     for r in results:
         if r.outlook.held_out != base.held_out:
             notes.append(

@@ -60,3 +60,25 @@ def run_line(outcome: Outcome) -> str:
     loss = f"held-out loss {measures.curve[0].loss:.4f} → {measures.curve[-1].loss:.4f}"
     line = f"{loss}, {measures.steps} steps in {format_duration(measures.clock.seconds)}"
     return f"{line}, {'interrupted' if outcome.state == 'interrupted' else outcome.why or 'audit passed'}"
+
+
+def comparison_markdown(compared: Compared) -> str:
+    """The losses, differences and costs as a Markdown table."""
+    difference = f"difference to {compared.baseline}, 95 %"
+    costs = ("at equal FLOPs", "FLOPs", "learning parameters")
+    head = ("strategy", "runs", "held-out loss, mean ± sd", difference, *costs)
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for s in compared.strategies:
+        equal = f"{interval(s.equal_flops.difference)} {s.equal_flops.difference.verdict}" if s.equal_flops else "–"
+        told = verdict(s, compared)
+        cells = (
+            s.outlook.name,
+            f"{s.loss.n} of {len(s.outcomes)}",
+            mean_sd(s.loss),
+            told if s.difference is None else f"{interval(s.difference)} {told}",
+            equal,
+            format_flops(s.flops) if s.flops else "–",
+            learning(s.outlook),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

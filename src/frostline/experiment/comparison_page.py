@@ -108,7 +108,7 @@ def _figures(compared: Compared, figures: Any) -> Page:
     over_flops = _series(compared.strategies, figures, lambda p: p.flops)
     return {
         "over_steps": _curves(figures, _series(compared.strategies, figures, lambda p: p.step), "step"),
-        "over_flops": _curves(figures, over_flops, "FLOPs of training"),
+        "over_flops": _curves(figures, over_flops, "spent in training", unit="FLOP"),
         "differences": figures.differences(
             bars, baseline=compared.baseline, description=f"Difference of the held-out loss to {compared.baseline}"
         )
@@ -117,10 +117,11 @@ def _figures(compared: Compared, figures: Any) -> Page:
     }
 
 
-def _curves(figures: Any, series: Sequence[Any], x_label: str) -> str | None:
+def _curves(figures: Any, series: Sequence[Any], x_label: str, *, unit: str | None = None) -> str | None:
     if not series:
         return None
-    drawn: str = figures.curves(series, x_label=x_label, description=f"Held-out loss by {x_label}, a line per strategy")
+    description = f"Held-out loss by {unit or x_label}, a line per strategy"
+    drawn: str = figures.curves(series, x_label=x_label, description=description, unit=unit)
     return drawn
 
 

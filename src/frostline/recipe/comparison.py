@@ -73,17 +73,22 @@ def shipped_comparisons() -> dict[str, str]:
 
 
 def load_comparison(
-    path: str | Path, *, out: str | Path, overrides: Iterable[str] = (), seeds: int | Sequence[int] | None = None
+    path: str | Path,
+    *,
+    out: str | Path,
+    overrides: Iterable[str] = (),
+    seeds: int | Sequence[int] | None = None,
+    baseline: str | None = None,
 ) -> Comparison:
     """Read a comparison file, or one of the package by its name; `out`: where its corpus would lie, if it has one.
 
-    `overrides` are `key=value` texts that hold for every strategy, after its own changes; `seeds` stand in place of the
-    file's. Raises `RecipeError` naming file, line and key, and the strategy.
+    `overrides` are `key=value` texts that hold for every strategy, after its own changes; `seeds` and `baseline`
+    stand in place of the file's. Raises `RecipeError` naming file, line and key, and the strategy.
     """
     path, overrides = Path(path), tuple(overrides)
     text = _text(path)
     document = parse_yaml(text, where=str(path))
-    spec = _spec(document, str(path), seeds)
+    spec = _spec(document, str(path), {"seeds": seeds, "baseline": baseline})
     own_data = any(o.partition("=")[0].strip() in ("data", "data.train") for o in overrides)
     corpus = Path(out).resolve() / "corpus" if spec.corpus and not own_data else None
     reader = _Reader(path=path, document=document, spec=spec, overrides=overrides, corpus=corpus)
@@ -103,10 +108,11 @@ def _text(path: Path) -> str:
     return read_text(path)
 
 
-def _spec(document: YamlDocument, where: str, seeds: int | Sequence[int] | None) -> ComparisonSpec:
+def _spec(document: YamlDocument, where: str, instead: Mapping[str, Any]) -> ComparisonSpec:
+    """What a file says, but for what is given in place of it."""
     if not isinstance(document.values, dict):
         raise RecipeError(f"{where}: a comparison is a mapping with recipe, strategies and seeds; this is not one")
-    values = document.values if seeds is None else {**document.values, "seeds": seeds}
+    values = {**document.values, **{k: v for k, v in instead.items() if v is not None}}
     origin = Origin(document=document, where=where)
     try:
         return ComparisonSpec.model_validate(values)
