@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from frostline.engine import Event, RunStarted, StageEnded, StepDone
+from frostline.engine import Event, Noted, RolledBack, RunStarted, StageEnded, StepDone
 from frostline.experiment.compare import RunBegins, Told
 from frostline.experiment.compare_measures import Outcome
 from frostline.experiment.compare_results import Compared, Outlook
@@ -73,9 +73,17 @@ class ComparisonLines:
             case StepDone():
                 speed = f"{event.n_targets / event.seconds:,.0f} tokens/s" if event.seconds else ""
                 self.progress.update(self.task, completed=event.step, numbers=f"loss {event.loss:.3f}  {speed}")
+            case Noted() if event.is_warning:
+                self._warn(event.text.strip())
+            case RolledBack():
+                self._warn(f"{event.why}: back to step {event.to}")
             case StageEnded():
                 self.n_steps -= event.n_skipped
                 self.progress.update(self.task, total=self.n_steps)
+
+    def _warn(self, text: str) -> None:
+        run = f"{self.begun.strategy}, seed {self.begun.seed}: " if self.begun else ""
+        self.console.print(run + text, style="yellow", highlight=False, soft_wrap=True)
 
 
 def _outcome_line(outcome: Outcome, begun: RunBegins) -> str:

@@ -41,6 +41,8 @@ class Measures:
     """What a run folder says of one run."""
 
     steps: int
+    skipped: int
+    """Of the steps, because something in them was not finite."""
     tokens: int
     """That the loss was of."""
     curve: tuple[Point, ...]
@@ -95,6 +97,7 @@ def _measured(folder: RunFolder) -> Measures:
     targets = {row["step"]: row["n_targets"] for row in metrics if "n_targets" in row}
     return Measures(
         steps=steps,
+        skipped=sum(bool(row.get("skipped")) for row in metrics),
         tokens=sum(targets.values()),
         curve=tuple(
             Point(step=r["step"], flops=spent(stages, real, r["step"]), loss=r["held_out_loss"])

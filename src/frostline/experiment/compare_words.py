@@ -58,7 +58,8 @@ def run_line(outcome: Outcome) -> str:
     if measures is None or not measures.curve:
         return f"FAILED: {outcome.why}"
     loss = f"held-out loss {measures.curve[0].loss:.4f} → {measures.curve[-1].loss:.4f}"
-    line = f"{loss}, {measures.steps} steps in {format_duration(measures.clock.seconds)}"
+    skipped = f" ({measures.skipped} skipped)" if measures.skipped else ""
+    line = f"{loss}, {measures.steps} steps{skipped} in {format_duration(measures.clock.seconds)}"
     return f"{line}, {'interrupted' if outcome.state == 'interrupted' else outcome.why or 'audit passed'}"
 
 
