@@ -198,7 +198,9 @@ def test_one_bit_changed_in_the_entry_values_fails_the_audit(finished: Path, tmp
     assert name in claim
 
 
-@pytest.mark.parametrize("missing", ["evidence/boundary-2.json", "evidence/entry-0.safetensors", "model"])
+@pytest.mark.parametrize(
+    "missing", ["evidence/boundary-2.json", "evidence/entry-0.safetensors", "evidence/gradients.jsonl", "model"]
+)
 def test_a_missing_piece_of_evidence_never_passes(finished: Path, tmp_path: Path, missing: str) -> None:
     run = copy_of(finished, tmp_path)
     target = run / missing

@@ -257,7 +257,13 @@ def _finite(folder: RunFolder) -> Evidence:
     bad = [
         f"{n} (step {g.step})" for g in samples for n, v in g.norms.items() if v is not None and not math.isfinite(v)
     ]
+    if not samples and folder.has_recipe() and _took_a_step(folder):
+        bad = [f"none is recorded: {folder.gradients.name} is gone or empty, and every stage's first step writes there"]
     return _check("recorded gradients that are not finite", bad, "recorded")
+
+
+def _took_a_step(folder: RunFolder) -> bool:
+    return any("loss" in row and not row.get("skipped") for row in folder.read_lines(folder.metrics))
 
 
 def _mismatches(boundaries: list[Boundary], states: States, stages: list[StageRecord], *, all_kept: bool) -> list[str]:
