@@ -18,8 +18,8 @@ from torch import fx, library
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-SCORES = 1 << 21
-"""Scores that are computed at a time, 8 MiB; more only where `QUERIES` of one group of heads have more."""
+SCORES = 1 << 20
+"""Scores that are computed at a time, 4 MiB; more only where `QUERIES` of one group of heads have more."""
 QUERIES = 128
 """Queries of one head that are computed at a time."""
 
