@@ -38,7 +38,7 @@ def test_every_claim_holds_and_has_numbers(architecture: str) -> None:
     before = {n: p.clone() for n, p in model.named_parameters()}
     claims = measure_claims(model, batch(), name=architecture)
     assert not broken(claims)
-    assert {c.key for c in claims.claims} == {"S2", "S3", "S4", "S5", "S6", "S7", "S8", "S10", "S11"}
+    assert {c.key for c in claims.claims} == {"S2", "S3", "S4", "S5", "S6", "S7", "S8", "S9", "S10", "S11"}
     settled = [c for c in claims.claims if c.verdict != "NOT MEASURED HERE"]
     unsettled = {"llama": 0, "mixtral": 1, "qwen3": 0, "olmo2": 0}.get(architecture, 2)
     assert len(claims.claims) - len(settled) == unsettled, "what no exact way is known to upcycle, or is a mixture"
@@ -96,6 +96,20 @@ def everything_learns_instead(parameters: Any, anatomy: Any, stage: Any, **kwarg
     spec = stage.spec.model_copy(update={"lr": 1e-3})  # rates by part may lack one for the rest
     schedule = Schedule.of([("all", spec, select(anatomy, "all"))])
     return switch(parameters, anatomy, schedule.stages[0], **kwargs)
+
+
+def test_an_ffn_that_does_not_move_breaks_the_claim_that_it_learns_over_random_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_module.Bench, "update", lambda _, active: active.optimizer.zero_grad())
+    assert any("never learned" in b for b in broken(measure_claims(tiny.model("llama"), batch(), name="llama")))
+
+
+def test_attention_that_moves_breaks_the_claim_that_only_the_ffn_learns_over_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_module, "switch", everything_learns_instead)
+    assert any("never learned" in b for b in broken(measure_claims(tiny.model("llama"), batch(), name="llama")))
 
 
 def test_a_switch_that_does_not_freeze_breaks_the_claims_on_freezing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """What is said about freezing, settled by measurement on a model: belief, measurement, verdict.
 
 Every measurement uses the engine's own `switch` and `step`, so it is also a check of the engine. Rows S3, S4, S5 and
-S7 of the question the project grew from; others stand in `stage_claims.py`, `route_claims.py` and `moe_claims.py`. Read
-`measure_claims` first. The weights are put back after each claim.
+S7 of the question the project grew from; others stand in `stage_claims.py`, `route_claims.py`, `moe_claims.py` and
+`scratch_claims.py`. Read `measure_claims` first. The weights are put back after each claim.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from frostline.experiment.bench import (
 )
 from frostline.experiment.moe_claims import MOE_CLAIMS
 from frostline.experiment.route_claims import ROUTE_CLAIMS
+from frostline.experiment.scratch_claims import the_ffn_learns_over_attention_that_has_not
 from frostline.experiment.stage_claims import STAGE_CLAIMS, one_step_from_one_loss
 from frostline.selection import Selection
 
@@ -217,6 +218,7 @@ CLAIMS: tuple[Callable[[Bench], Claim], ...] = (
     detached_attention_still_feeds_the_embedding,
     *ROUTE_CLAIMS,
     *STAGE_CLAIMS[:2],
+    the_ffn_learns_over_attention_that_has_not,
     *MOE_CLAIMS,
     *STAGE_CLAIMS[2:],
 )
