@@ -16,6 +16,13 @@ import frostline
 from frostline.engine import StageCompiled, compiled, product_attention
 from frostline.engine.product_attention import causal_attention, with_product_attention
 
+
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right is right without bf16 instructions too."""
+    monkeypatch.setattr(product_attention, "has_bf16_products", lambda: True)
+
+
 SHAPES = [  # rows, heads, key/value heads, length, width, width of values
     (2, 4, 4, 37, 16, 16),
     (1, 8, 2, 300, 24, 8),
@@ -63,10 +70,12 @@ def test_values_and_gradients_are_those_of_the_closed_form(
         assert torch.equal(b, torch.zeros_like(b)) or off(a, b) < within
 
 
-def test_bf16_loses_no_more_than_torchs_own_attention_does() -> None:
-    q, k, v, gradient = tensors((2, 4, 4, 256, 32, 32), torch.bfloat16)
-    right = torch.autograd.grad(closed_form(q, k, v, 32**-0.5), (q, k, v), gradient.double())
-    ours = torch.autograd.grad(causal_attention(q, k, v, 32**-0.5), (q, k, v), gradient)
+@pytest.mark.parametrize("width", [32, 64, 80])
+def test_bf16_loses_no_more_than_torchs_own_attention_does(width: int) -> None:
+    """Also where the scale is no power of two."""
+    q, k, v, gradient = tensors((2, 4, 4, 256, width, width), torch.bfloat16)
+    right = torch.autograd.grad(closed_form(q, k, v, width**-0.5), (q, k, v), gradient.double())
+    ours = torch.autograd.grad(causal_attention(q, k, v, width**-0.5), (q, k, v), gradient)
     theirs = torch.autograd.grad(functional.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), gradient)
     assert sum(map(off, ours, right)) < 1.05 * sum(map(off, theirs, right))
 
@@ -120,6 +129,12 @@ def test_only_causal_attention_in_bf16_without_mask_and_dropout_is_exchanged() -
     assert n_exchanged(lambda q, k, v: attend(q, k, v, attn_mask=mask), *narrow) == 0
     longer = [narrow[0], *(torch.cat([t, t], dim=2).detach() for t in narrow[1:])]
     assert n_exchanged(lambda q, k, v: attend(q, k, v, is_causal=True), *longer) == 0
+
+
+def test_without_bf16_instructions_graphs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_attention, "has_bf16_products", lambda: False)
+    q, k, v, _ = tensors((1, 4, 4, 16, 8, 8), torch.bfloat16)
+    assert n_exchanged(lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v) == 0
 
 
 def test_grouped_queries_share_their_keys() -> None:

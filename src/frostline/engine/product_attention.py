@@ -26,7 +26,9 @@ QUERIES = 128
 
 def with_product_attention(graph: fx.GraphModule) -> fx.GraphModule:
     """`graph`, as dynamo gives it to a backend, with every causal attention in bf16 on a CPU exchanged that has neither
-    mask nor dropout."""
+    mask nor dropout; as it is where the processor has no bf16 instructions."""
+    if not has_bf16_products():
+        return graph
     for node in graph.graph.find_nodes(op="call_function", target=functional.scaled_dot_product_attention):
         if (given := _taken(node)) is not None:
             with graph.graph.inserting_before(node):
@@ -36,6 +38,11 @@ def with_product_attention(graph: fx.GraphModule) -> fx.GraphModule:
             graph.graph.erase_node(node)
     graph.recompile()
     return graph
+
+
+def has_bf16_products() -> bool:
+    """Whether the processor multiplies bf16 numbers by instructions of its own."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _taken(node: fx.Node) -> tuple[Any, ...] | None:
@@ -107,7 +114,8 @@ def causal_attention_backward(
 
 def _shares(queries: torch.Tensor, keys: torch.Tensor, scale: float, span: slice) -> torch.Tensor:
     """What each query of `span` gives to each key up to its end: (groups, queries of their heads, keys), fp32."""
-    scores = torch.bmm((queries.float() * scale).flatten(1, 2), keys.float().transpose(1, 2))
+    asking, given = queries.flatten(1, 2).float(), keys.float().transpose(1, 2)
+    scores = torch.baddbmm(asking.new_zeros(1, 1, 1), asking, given, beta=0, alpha=scale)
     n = span.stop - span.start
     later = torch.full((n, n), -math.inf).triu(1)
     scores.unflatten(1, (-1, n))[..., span.start :] += later
@@ -135,8 +143,8 @@ def _pieces(queries: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 
 @contextmanager
 def _wide_products(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, fp32 products of what was bf16 may be computed by bf16 instructions: they lose nothing by it, since every
-    factor is a bf16 number (a scaled query, for a scale that is no power of two, but for its last bits)."""
+    """Inside, fp32 products of what was bf16 may be computed by bf16 instructions: every factor is a bf16 number, so
+    that they lose nothing by it."""
     if dtype != torch.bfloat16:
         yield
         return
