@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import library, nn
 from transformers.integrations import moe
 
 VERSION = tuple(int(n) for n in transformers.__version__.split(".")[:2])
@@ -48,7 +48,7 @@ def _trace_backward_of_experts() -> None:
     """The products of compiled experts in other dtypes than bf16 have a backward pass that reads values, of which no
     graph can be made. Here it is one operation, as it is in 5.23."""
 
-    @torch.library.custom_op("frostline::experts_backward", mutates_args=())
+    @library.custom_op("frostline::experts_backward", mutates_args=())
     def backward(
         rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,4 +69,4 @@ def _trace_backward_of_experts() -> None:
         of_rows, of_weight = backward(*ctx.saved_tensors, gradient)
         return of_rows, of_weight, None
 
-    torch.library.register_autograd("transformers::grouped_mm_fallback", gradients, setup_context=keep)
+    library.register_autograd("transformers::grouped_mm_fallback", gradients, setup_context=keep)

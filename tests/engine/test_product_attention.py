@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import tiny
 import torch
+from torch import library
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn import functional
 
@@ -93,7 +94,7 @@ def test_products_in_fp32_are_as_before_afterwards_and_what_was_fp32_is_never_ro
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_torch_finds_nothing_wrong_with_the_operation(shape: tuple[int, ...]) -> None:
     q, k, v, _ = tensors(shape, torch.float32)
-    torch.library.opcheck(causal_attention, (q, k, v, 0.5))
+    library.opcheck(causal_attention, (q, k, v, 0.5))
 
 
 # --- in graphs --------------------------------------------------------------------------------------------------------
